@@ -1,0 +1,65 @@
+"""Ridgeline plans, rehearses, trains and audits the training of large language models.
+
+Each verb of the command is one function here; a script that brings its own block, loss or
+optimizer starts exactly like the command.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+# The package `train` and the verb `train` share a name: load the (empty) package first, so that
+# importing one of its modules later does not put the package in the verb's place.
+from ridgeline import train as _train_package  # noqa: F401
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from ridgeline.data.manifest import Manifest
+    from ridgeline.run import Run
+    from ridgeline.train.worker import Outcome
+
+__all__ = ["prepare", "read_run", "report", "sample", "train"]
+
+
+def read_run(path: Path | str, overrides: Sequence[str] = ()) -> Run:
+    """Read a run file; `overrides` such as `["--optimizer.lr", "3e-4"]`."""
+    from ridgeline.run import read_run as read
+
+    return read(path, overrides)
+
+
+def prepare(run: Run, **options: Any) -> Manifest:
+    """Tokenize a run's corpora into shards; see `ridgeline.data.prepare.prepare`."""
+    from ridgeline.data.prepare import prepare as make
+
+    return make(run.data, run.model.vocab, run.seed, **options)
+
+
+def train(run: Run, **parts: Any) -> Outcome:
+    """Train a run, with `decoder`, `loss` and `optimizer` of one's own if given.
+
+    See `ridgeline.train.start.train`.
+    """
+    from ridgeline.launch.local import started_by_launcher, warm_up
+
+    if not started_by_launcher() and (run.layout == "auto" or run.layout.world > 1):
+        warm_up()  # the fork server imports torch while this process does
+    from ridgeline.train.start import train as start
+
+    return start(run, **parts)
+
+
+def sample(folder: Path, prompt: str, **options: Any) -> str:
+    """Continue `prompt` with the newest checkpoint; see `ridgeline.train.sample.sample`."""
+    from ridgeline.train.sample import sample as draw
+
+    return draw(folder, prompt, **options)
+
+
+def report(folder: Path) -> Path:
+    """Write a run folder's report.html; see `ridgeline.audit.report.write_report`."""
+    from ridgeline.audit.report import write_report
+
+    return write_report(folder)

@@ -1,0 +1,167 @@
+"""The verbs. Each imports what it calls only when called, so that `--help` needs no torch."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import click
+
+import ridgeline
+from ridgeline.errors import NotLearnt, RidgelineError
+
+RESUME_ME = 75
+"""Exit status of a run that was asked to stop: saved, not complete (sysexits' EX_TEMPFAIL)."""
+
+OVERRIDES = {"ignore_unknown_options": True, "allow_extra_args": True}
+
+
+def main() -> NoReturn:
+    """Run the command line; errors of the tree are one message and an exit status."""
+    try:
+        verbs(prog_name="ridgeline", standalone_mode=False)
+    except RidgelineError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_status)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    sys.exit(0)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def verbs() -> None:
+    """Train large language models without wasting a node-hour.
+
+    \b
+    Example:
+      ridgeline data prepare examples/laptop.toml
+      ridgeline train examples/laptop.toml
+      ridgeline sample runs/laptop --prompt "def "
+    """
+
+
+@verbs.group()
+def data() -> None:
+    """Corpora: text to tokens on disk.
+
+    \b
+    Example:
+      ridgeline data prepare examples/laptop.toml
+    """
+
+
+@data.command(context_settings=OVERRIDES)
+@click.argument("run_file", type=click.Path(path_type=Path))
+@click.pass_context
+def prepare(context: click.Context, run_file: Path) -> None:
+    """Tokenize the corpora of RUN_FILE into shards, training a tokenizer if it names none.
+
+    Any field of the run can be overridden by its dotted name.
+
+    \b
+    Example:
+      ridgeline data prepare run.toml --data.workers 8
+    """
+    from rich.console import Console
+
+    run = ridgeline.read_run(run_file, context.args)
+    ridgeline.prepare(run, console=Console(highlight=False, soft_wrap=True))
+
+
+@verbs.command(context_settings=OVERRIDES)
+@click.argument("run_file", type=click.Path(path_type=Path))
+@click.pass_context
+def train(context: click.Context, run_file: Path) -> None:
+    """Train RUN_FILE (or go on with a run folder) on this machine's devices.
+
+    Resumes from the newest checkpoint in the run's folder. Ctrl-C saves and says how to go on
+    (exit status 75). Any field of the run can be overridden by its dotted name.
+
+    \b
+    Example:
+      ridgeline train run.toml --optimizer.lr 3e-4 --layout "dp2 mb8 bf16"
+    """
+    if run_file.is_dir():
+        from ridgeline.train.folder import latest_run_file
+
+        run_file = latest_run_file(run_file)
+    run = ridgeline.read_run(run_file, context.args)
+    try:
+        outcome = ridgeline.train(run)
+    except NotLearnt:
+        click.echo(f"report: {ridgeline.report(run.path)}")
+        raise
+    click.echo(f"report: {ridgeline.report(run.path)}")
+    if not outcome.complete:
+        click.echo(f"stopped at step {outcome.step:,}; go on with: ridgeline train {run.path}")
+        sys.exit(RESUME_ME)
+
+
+@verbs.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--prompt", default="", help="Text to continue; empty: a new document.")
+@click.option("--tokens", default=100, show_default=True, help="Most tokens to draw.")
+@click.option("--temperature", default=0.8, show_default=True, help="0: the likeliest token.")
+@click.option("--top-k", default=50, show_default=True, help="Draw from the k likeliest; 0: all.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the draw.")
+def sample(
+    folder: Path, prompt: str, tokens: int, temperature: float, top_k: int, seed: int
+) -> None:
+    """Continue a text with the newest checkpoint of a run FOLDER, and keep it as sample.txt.
+
+    \b
+    Example:
+      ridgeline sample runs/laptop --prompt "def main(" --temperature 0.7
+    """
+    text = ridgeline.sample(
+        folder, prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed
+    )
+    (folder / "sample.txt").write_text(text + "\n", encoding="utf-8")
+    click.echo(text)
+
+
+@verbs.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+def report(folder: Path) -> None:
+    """Write report.html of a run FOLDER: one file, readable without a network.
+
+    \b
+    Example:
+      ridgeline report runs/laptop
+    """
+    click.echo(f"report: {ridgeline.report(folder)}")
+
+
+@verbs.command()
+@click.argument("name", required=False)
+def models(name: str | None) -> None:
+    """List the catalogue, or all figures of the model NAME.
+
+    \b
+    Example:
+      ridgeline models llama3.1-8b
+    """
+    from ridgeline.model.table import describe, table
+
+    click.echo(describe(name) if name else table())
+
+
+@verbs.command()
+def version() -> None:
+    """Print the versions a bug report needs.
+
+    \b
+    Example:
+      ridgeline version
+    """
+    import platform
+    from importlib import metadata
+
+    for package in ("ridgeline", "torch", "numpy", "pydantic", "tokenizers", "safetensors"):
+        click.echo(f"{package:12} {metadata.version(package)}")
+    click.echo(f"{'python':12} {platform.python_version()}")
+    click.echo(f"{'platform':12} {platform.platform()}")

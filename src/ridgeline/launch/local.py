@@ -1,0 +1,130 @@
+"""Worker processes on this machine, under PyTorch's elastic agent.
+
+Workers fork from a server that has imported torch already, so two of them start as fast as one.
+The agent never handles SIGINT or SIGTERM: the parent passes a wish to stop on to the workers
+through an event, they agree on the step, save, and end by themselves.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import signal
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ridgeline import errors
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+PRELOADED = ["torch", "torch.distributed", "ridgeline.train.worker"]
+
+
+class StopFlag(Protocol):
+    """A wish to stop that other processes see, such as a multiprocessing Event."""
+
+    def is_set(self) -> bool:
+        """Whether somebody wishes to stop."""
+
+    def set(self) -> None:
+        """Wish to stop."""
+
+
+def warm_up() -> None:
+    """Start the fork server, which imports torch beside this process, not after it."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
+    multiprocessing.forkserver.ensure_running()
+
+
+def started_by_launcher() -> bool:
+    """Whether torchrun or another launcher started this process as a rank."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def run_workers(
+    function: Callable[..., Any], arguments: tuple[Any, ...], processes: int, threads: int
+) -> Any:
+    """Call `function(*arguments, stop)` in `processes` ranks; what rank 0 returns.
+
+    Raises the RidgelineError that a rank raised first, or LaunchError when one died otherwise.
+    """
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    for chatty in ("torch.distributed.elastic", "torch.multiprocessing"):
+        logging.getLogger(chatty).setLevel(logging.CRITICAL)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    stop = multiprocessing.get_context("forkserver").Event()
+    with tempfile.TemporaryDirectory(prefix="ridgeline-") as folder, _signals_set(stop):
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=processes,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=0,
+            start_method="forkserver",
+            local_addr="localhost",
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+            signals_to_handle="SIGHUP,SIGQUIT",
+        )
+        try:
+            returned = elastic_launch(config, _guarded)(function, arguments, stop, Path(folder))
+        except ChildFailedError as failure:
+            raise _first_error(failure, Path(folder)) from None
+    return returned[0]
+
+
+def _guarded(
+    function: Callable[..., Any], arguments: tuple[Any, ...], stop: StopFlag, faults: Path
+) -> Any:
+    """Call `function` in a worker; a RidgelineError is left for the parent to raise again."""
+    try:
+        return function(*arguments, stop)
+    except errors.RidgelineError as error:
+        record = {"kind": type(error).__name__, "words": error.args}
+        partial = faults / f"{os.environ['RANK']}.partial"
+        partial.write_text(json.dumps(record))
+        partial.rename(partial.with_suffix(".fault"))
+        raise SystemExit(error.exit_status) from None
+
+
+@contextmanager
+def _signals_set(stop: StopFlag) -> Iterator[None]:
+    """While workers run, SIGINT and SIGTERM set `stop` instead of ending this process."""
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        stop.set()
+
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+def _first_error(failure: ChildFailedError, faults: Path) -> errors.RidgelineError:
+    """The error of the rank that failed first, as it was raised there."""
+    told = sorted(faults.glob("*.fault"), key=lambda path: path.stat().st_mtime_ns)
+    if told:
+        record = json.loads(told[0].read_text())
+        error: errors.RidgelineError = getattr(errors, record["kind"])(*record["words"])
+        return error
+    rank, first = failure.get_first_failure()
+    return errors.LaunchError(
+        f"rank {rank} (process {first.pid}) died",
+        f"exit code {first.exitcode}: {str(first.message).strip().splitlines()[0]}",
+        "its traceback stands above",
+    )

@@ -1,0 +1,136 @@
+"""`ridgeline.train`: resolve a run, check all that can be checked, and start its processes."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from rich.console import Console
+
+from ridgeline.errors import LaunchError, LayoutError, NotLearnt, RunError
+from ridgeline.launch.local import run_workers, started_by_launcher, warm_up
+from ridgeline.layout.arithmetic import check
+from ridgeline.layout.layout import Layout
+from ridgeline.machine.device import device as device_named
+from ridgeline.model.decoder import Decoder
+from ridgeline.run import Run
+from ridgeline.train.folder import check_folder, describe_environment, locked, write_folder
+from ridgeline.train.loop import LossFunction
+from ridgeline.train.optimizer import adamw, token_loss
+from ridgeline.train.parallelize import trainable
+from ridgeline.train.resolve import Host, resolve, this_host
+from ridgeline.train.schedule import batch_unit
+from ridgeline.train.worker import (
+    MakeDecoder,
+    MakeOptimizer,
+    Outcome,
+    baselines_of,
+    mixture_of,
+    work,
+)
+
+LOCAL_RANKS_PER_CORE = 4
+
+
+def train(
+    run: Run,
+    *,
+    decoder: MakeDecoder = Decoder,
+    loss: LossFunction = token_loss,
+    optimizer: MakeOptimizer = adamw,
+) -> Outcome:
+    """Train `run`, resuming what its folder holds; starts local processes when it needs several.
+
+    `decoder(shape)` makes the model, `loss(logits_BLV, targets_BL)` sums over tokens, and
+    `optimizer(model, settings)` makes the optimizer; with several processes they must be
+    importable from a module or a script with an `if __name__ == "__main__":` guard.
+    Raises the errors of `ridgeline.errors`, before any process starts wherever that is possible,
+    and NotLearnt after everything is saved.
+    """
+    launched = started_by_launcher()
+    world = int(os.environ["WORLD_SIZE"]) if launched else None
+    host = this_host()
+    resolved, reasons = resolve(run, host, world)
+    assert isinstance(resolved.layout, Layout)
+    refuse_impossible(resolved, host, world)
+    arguments: tuple[Any, ...] = (resolved, decoder, loss, optimizer)
+    if launched and int(os.environ["RANK"]) != 0:
+        return work(*arguments)
+    processes = resolved.layout.world
+    threads = max(1, host.cores // (processes if world is None else local_world()))
+    with locked(resolved.path):
+        check_folder(resolved)
+        environment = describe_environment(str(host.device), processes, threads)
+        write_folder(resolved, reasons, environment)
+        _announce(resolved, reasons)
+        if launched or processes == 1:
+            outcome = work(*arguments)
+        else:
+            warm_up()
+            outcome = run_workers(work, arguments, processes, threads)
+    if outcome.complete:
+        judge(resolved, outcome)
+    return outcome
+
+
+def refuse_impossible(run: Run, host: Host, world: int | None) -> None:
+    """Raise for what can be known before any process starts and anything is written."""
+    assert isinstance(run.layout, Layout)
+    if not run.data.corpora:
+        raise RunError(
+            "training without data", "[[data.corpora]] names what to train on", "one corpus"
+        )
+    if run.cluster.device != "local":
+        device_named(run.cluster.device)
+    check(run.layout, run.model, run.sequence, batch_unit(run), world or run.cluster.devices)
+    trainable(run.layout)
+    room = host.devices or LOCAL_RANKS_PER_CORE * host.cores
+    if world is None and run.layout.world > room:
+        what = f"{host.devices or host.cores} {host.device.type if host.devices else 'CPU'} "
+        what += "devices" if host.devices else "cores"
+        raise LayoutError(
+            f"layout '{run.layout}' on this machine",
+            f"it needs {run.layout.world} devices and this machine has {what}",
+            "start it on the cluster it is meant for, or --layout auto --cluster.devices 0",
+        )
+    mixture_of(run)
+
+
+def judge(run: Run, outcome: Outcome) -> None:
+    """Print the last held-out loss beside its baselines; NotLearnt when the run demands more."""
+    baselines, margin = baselines_of(run, mixture_of(run)), run.evaluation.must_learn_nats
+    if outcome.held_out_loss is None or baselines is None:
+        return
+    loss = outcome.held_out_loss
+    unigram, bigram = baselines.unigram_entropy, baselines.bigram_held_out_loss
+    verdict = (
+        f"held-out loss {loss:.3f} nats per token: {unigram - loss:.3f} below the unigram entropy "
+        f"({unigram:.3f}), {bigram - loss:.3f} below a smoothed bigram model ({bigram:.3f})"
+    )
+    if margin is not None and not (loss <= unigram - margin and loss < bigram):
+        raise NotLearnt(
+            verdict,
+            f"evaluation.must_learn_nats = {margin}: at least that far below the unigram entropy, "
+            "and below the bigram model",
+            "train longer, or look at the loss in report.html",
+        )
+    Console(highlight=False, soft_wrap=True).print(verdict, markup=False)
+
+
+def local_world() -> int:
+    """Processes that the launcher started on this node."""
+    try:
+        return int(os.environ["LOCAL_WORLD_SIZE"])
+    except (KeyError, ValueError):
+        raise LaunchError(
+            "starting under a launcher",
+            "RANK and WORLD_SIZE are set but LOCAL_WORLD_SIZE is not a number",
+            "torchrun, which sets all three, or none of them",
+        ) from None
+
+
+def _announce(run: Run, reasons: dict[str, str]) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"run {run.path}  model {run.model.name}  layout {run.layout}", markup=False)
+    for name, reason in reasons.items():
+        console.print(f"  {name}: {reason}", markup=False)

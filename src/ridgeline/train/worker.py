@@ -1,0 +1,268 @@
+"""One rank of a run: process group, model, data, checkpoints, and the loop between them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ridgeline.data.manifest import Baselines
+from ridgeline.data.mixture import Mixture, open_mixture
+from ridgeline.errors import RunFolderError
+from ridgeline.launch.local import StopFlag
+from ridgeline.layout.layout import Layout
+from ridgeline.machine.device import device as device_named
+from ridgeline.machine.device import recognise
+from ridgeline.model.counts import flops_per_token
+from ridgeline.model.shape import ModelShape
+from ridgeline.run import Optimizer, Run
+from ridgeline.torch_compat import HashStore
+from ridgeline.train import checkpoint
+from ridgeline.train.agreement import Agreement
+from ridgeline.train.checkpoint import Progress
+from ridgeline.train.folder import checkpoints_of
+from ridgeline.train.loop import Job, LossFunction, held_out_losses, train_loop
+from ridgeline.train.parallelize import Mesh, make_mesh, parallelize
+from ridgeline.train.schedule import total_steps
+from ridgeline.train.telemetry import Clock, Observation, Recorder, drop_after
+
+MakeDecoder = Callable[[ModelShape], nn.Module]
+MakeOptimizer = Callable[[nn.Module, Optimizer], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run, or this part of it, ended."""
+
+    complete: bool
+    """Whether the budget is spent; else it was asked to stop and can be resumed."""
+    step: int
+    tokens: int
+    held_out_loss: float | None
+    """Nats per token; None when the run was stopped before an evaluation."""
+
+
+def work(
+    run: Run,
+    decoder: MakeDecoder,
+    loss: LossFunction,
+    make_optimizer: MakeOptimizer,
+    stop: StopFlag | None = None,
+) -> Outcome:
+    """Train `run`, resolved, as the rank that the environment says this process is."""
+    stop = stop or threading.Event()
+    with _process_group() as (device, control), _stop_on_signals(stop):
+        assert isinstance(run.layout, Layout)
+        mesh = make_mesh(run.layout, device, dist.get_rank())
+        mixture = mixture_of(run)
+        model = build(run, decoder, mesh)
+        optimizer = make_optimizer(model, run.optimizer)
+        agreement = Agreement(control)
+        job = Job(run, mesh, model, loss, optimizer, mixture, agreement, Clock(), stop.is_set)
+        progress = _resume(job, control)
+        keeper = Keeper(job, control, _recorder(job, progress) if mesh.rank == 0 else None)
+        return keeper.run(progress)
+
+
+def mixture_of(run: Run) -> Mixture:
+    """The mixture a run trains on; DataError when it is missing or too small for one batch."""
+    return open_mixture(
+        run.data.folder, run.data.corpora, run.sequence, run.seed, run.model.vocab, run.global_batch
+    )
+
+
+def baselines_of(run: Run, mixture: Mixture) -> Baselines | None:
+    """What models without context reach; None where they were measured for other weights."""
+    baselines = mixture.manifest.baselines
+    weights = {corpus.name: corpus.weight for corpus in run.data.corpora}
+    return baselines if baselines and baselines.weights == weights else None
+
+
+def build(run: Run, decoder: MakeDecoder, mesh: Mesh) -> nn.Module:
+    """The decoder with its initial weights, divided by the layout, on this rank's device.
+
+    A decoder with `initialise(seed)` is made without memory first and filled in place; another one
+    is made as it makes itself, after seeding PyTorch.
+    """
+    assert isinstance(run.layout, Layout)
+    with torch.device("meta"):
+        model = decoder(run.model)
+    initialise = getattr(model, "initialise", None)
+    if initialise is not None:
+        model.to_empty(device=mesh.device)
+        initialise(run.seed)
+    else:
+        torch.manual_seed(run.seed)
+        model = decoder(run.model).to(mesh.device)
+    parallelize(model, run.layout, mesh)
+    return model
+
+
+@contextmanager
+def _process_group() -> Iterator[tuple[torch.device, dist.ProcessGroup | None]]:
+    """Join the other ranks; yields this rank's device and a host-side group for small agreements.
+
+    One process needs no launcher: its group has one member and no socket.
+    """
+    device = torch.device("cpu")
+    if torch.accelerator.is_available() and (
+        accelerator := torch.accelerator.current_accelerator()
+    ):
+        device = torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))
+        torch.accelerator.set_device_index(device)
+    backend = dist.get_default_backend_for_device(device)
+    backends = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:{backend}"
+    if "RANK" in os.environ:
+        dist.init_process_group(backends)
+    else:
+        dist.init_process_group(backends, store=HashStore(), rank=0, world_size=1)
+    try:
+        yield device, dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _stop_on_signals(stop: StopFlag) -> Iterator[None]:
+    """SIGINT and SIGTERM become a wish to stop after the current step."""
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        stop.set()
+
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+def _resume(job: Job, group: dist.ProcessGroup | None) -> Progress:
+    """Restore the newest checkpoint of the run's folder, if there is one."""
+    path = checkpoint.newest(checkpoints_of(job.run.path))
+    if path is None:
+        return Progress(data=job.mixture.fingerprint)
+    checkpoint.make_state(job.model, job.optimizer)
+    tensors = checkpoint.tensors_of(job.model, job.optimizer)
+    progress = checkpoint.load(path, tensors, group)
+    if progress.data != job.mixture.fingerprint:
+        raise RunFolderError(
+            f"resuming {job.run.path}",
+            "its checkpoints were trained on other prepared data than lie in "
+            f"{job.run.data.folder} now",
+            f"prepare the data as they were, or --name {job.run.name}-2",
+        )
+    return progress
+
+
+def _recorder(job: Job, progress: Progress) -> Recorder:
+    """Rank 0's recorder, after saying what is trained and what was restored."""
+    run, device = job.run, job.mesh.device
+    drop_after(run.path / "metrics.jsonl", progress.step)
+    assert isinstance(run.layout, Layout)
+    known = recognise(torch.accelerator.get_device_name()) if device.type != "cpu" else None  # type: ignore[attr-defined]
+    known = device_named(run.cluster.device) if run.cluster.device != "local" else known
+    peak = known.peak_flops.get(run.layout.precision) if known else None
+    recorder = Recorder(run, device, flops_per_token(run.model, run.sequence, "causal").total, peak)
+    baselines = baselines_of(run, job.mixture)
+    parameters = sum(p.numel() for p in job.model.parameters())
+    embedding = sum(
+        module.weight.numel() for module in job.model.modules() if isinstance(module, nn.Embedding)
+    )
+    recorder.event(
+        progress,
+        "resumed" if progress.step else "started",
+        total_steps=total_steps(run),
+        model=run.model.name,
+        parameters=parameters,
+        embedding_parameters=embedding,
+        mfu_convention="causal",
+        baselines=baselines.model_dump(include={"unigram_entropy", "bigram_held_out_loss"})
+        if baselines
+        else None,
+    )
+    if progress.step:
+        recorder.say(
+            f"resumed at step {progress.step:,}: weights, optimizer, random state; "
+            f"next sample {progress.samples:,}"
+        )
+    return recorder
+
+
+class Keeper:
+    """What happens around the steps of one rank: logging, evaluation, checkpoints, the verdict."""
+
+    def __init__(
+        self, job: Job, group: dist.ProcessGroup | None, recorder: Recorder | None
+    ) -> None:
+        self.job = job
+        self.group = group
+        self.recorder = recorder
+        self.held_out: float | None = None
+
+    def run(self, progress: Progress) -> Outcome:
+        """Train to the end or to a stop."""
+        if self.recorder:
+            self.recorder.start(progress)
+        try:
+            before = progress.step
+            progress, complete = train_loop(self.job, progress, self.observe, self.after_step)
+            if complete and progress.step == before:
+                self.evaluate(progress)  # nothing was left to train: measure what is there
+            if self.recorder:
+                self.recorder.event(progress, "finished" if complete else "interrupted")
+        finally:
+            if self.recorder:
+                self.recorder.close()
+        return Outcome(complete, progress.step, progress.tokens, self.held_out)
+
+    def observe(self, seen: Observation) -> None:
+        """Log the step when it is due; the only place where a step waits for its own numbers."""
+        step = seen.progress.step
+        if step % self.job.run.logging.every_steps and step != 1:
+            return
+        dist.all_reduce(seen.loss, group=self.job.mesh.data.get_group())
+        loss = float(seen.loss)
+        seconds = self.job.clock.take()
+        if self.recorder:
+            self.recorder.step(seen, loss, seconds)
+
+    def after_step(self, progress: Progress, last: bool) -> None:
+        """Evaluate and save when due."""
+        run = self.job.run
+        evaluation, saving = run.evaluation.every_steps, run.checkpoint.every_steps
+        if last or (evaluation and progress.step % evaluation == 0):
+            self.evaluate(progress)
+        if last or (saving and progress.step % saving == 0):
+            with self.job.clock.phase("checkpoint"):
+                self.save(progress)
+        self.job.clock.lap()  # elapsed_s counts steps, not what lies between them
+
+    def evaluate(self, progress: Progress) -> None:
+        """Held-out loss of the mixture: the mean of its corpora by weight."""
+        start = time.perf_counter()
+        losses = held_out_losses(self.job)
+        weights = {corpus.name: corpus.weight for corpus in self.job.mixture.corpora}
+        mean = sum(losses[name] * weight for name, weight in weights.items())
+        self.held_out = mean / sum(weights.values())
+        if self.recorder:
+            seconds = time.perf_counter() - start
+            self.recorder.held_out(progress, self.held_out, losses, seconds)
+
+    def save(self, progress: Progress) -> None:
+        """Save a checkpoint of all ranks and drop old ones."""
+        folder = checkpoints_of(self.job.run.path)
+        tensors = checkpoint.tensors_of(self.job.model, self.job.optimizer)
+        path = checkpoint.save(folder, tensors, progress, self.group)
+        if self.recorder:
+            checkpoint.keep_newest(folder, self.job.run.checkpoint.keep)
+            self.recorder.event(progress, "checkpoint", path=path.name)
