@@ -95,7 +95,8 @@ def train(context: click.Context, run_file: Path) -> None:
     except NotLearnt:
         click.echo(f"report: {ridgeline.report(run.path)}")
         raise
-    click.echo(f"report: {ridgeline.report(run.path)}")
+    if outcome.rank == 0:
+        click.echo(f"report: {ridgeline.report(run.path)}")
     if not outcome.complete:
         click.echo(f"stopped at step {outcome.step:,}; go on with: ridgeline train {run.path}")
         sys.exit(RESUME_ME)

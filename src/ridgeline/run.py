@@ -6,6 +6,7 @@ written into the run's folder fully resolved. Nothing else configures the progra
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,9 @@ from ridgeline.model.shape import ModelShape
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
 NaturalInt = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+NaturalFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 
@@ -78,15 +82,15 @@ class Optimizer(Section):
 
     lr: PositiveFloat = 3e-4
     """Peak learning rate."""
-    beta1: Fraction = 0.9
+    beta1: Decay = 0.9
     """Decay of the mean of gradients."""
-    beta2: Fraction = 0.95
+    beta2: Decay = 0.95
     """Decay of the mean of squared gradients."""
     eps: PositiveFloat = 1e-8
     """Added to the root of the second moment."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    weight_decay: NaturalFloat = 0.1
     """Decoupled weight decay, on parameters of two or more dimensions."""
-    clip_norm: Annotated[float, Field(ge=0)] = 1.0
+    clip_norm: NaturalFloat = 1.0
     """Largest global gradient norm; 0: no clipping."""
 
 
@@ -150,7 +154,7 @@ class Evaluation(Section):
     """Steps between evaluations; 0: only after the last step."""
     sequences: PositiveInt = 64
     """Held-out sequences per corpus, spread evenly over its held-out part."""
-    must_learn_nats: Annotated[float, Field(ge=0)] | None = None
+    must_learn_nats: NaturalFloat | None = None
     """The run fails (exit status 1) unless its last held-out loss is this far below the unigram
     entropy, and below the bigram model's held-out loss."""
 
@@ -187,7 +191,7 @@ class Run(Section):
     """Name of the run's folder."""
     folder: Path = Path("runs")
     """Where run folders lie."""
-    seed: NaturalInt = 0
+    seed: Seed = 0
     """Seed of weights, of the order of samples and of the held-out split."""
     model: Annotated[ModelShape, BeforeValidator(_expand_model)]
     """What is trained: a name of the catalogue, and what differs from it."""
@@ -398,7 +402,8 @@ def _teach(fault: ValidationError, where: str) -> RidgelineError:
     lines = []
     remedy = ""
     for problem in fault.errors():
-        path = [str(part) for part in problem["loc"] if part not in ("Layout", "literal['auto']")]
+        # pydantic puts the branch of `"auto" | Layout` into the path, by the names of its validators
+        path = [str(part) for part in problem["loc"] if not re.search(r"Layout|'auto'", str(part))]
         name = ".".join(path)
         if problem["type"] == "extra_forbidden":
             known = _fields_at(path[:-1])

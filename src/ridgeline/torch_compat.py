@@ -16,9 +16,11 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed._composable.replicate_with_fsdp import replicate as _replicate
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.overrides import TorchFunctionMode
 
 __all__ = [
     "HashStore",
+    "Unfilled",
     "drop_gathered",
     "multiplies_bf16",
     "peak_memory_bytes",
@@ -47,6 +49,22 @@ def drop_gathered(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
+
+
+class Unfilled(TorchFunctionMode):
+    """While it is active, modules are built without their default values.
+
+    On the meta device those go nowhere, and the first random one imports the compiler (1 s).
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Leave a tensor as it is where torch.nn.init would fill it."""
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:

@@ -50,9 +50,27 @@ def started_by_launcher() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def run_workers(
-    function: Callable[..., Any], arguments: tuple[Any, ...], processes: int, threads: int
-) -> Any:
+def local_processes() -> int:
+    """Processes of this run on this machine, as the launcher says; 1 without a launcher."""
+    if not started_by_launcher():
+        return 1
+    told = os.environ.get("LOCAL_WORLD_SIZE", "")
+    if not told.isdecimal():
+        raise errors.LaunchError(
+            "starting under a launcher",
+            f"RANK and WORLD_SIZE are set but LOCAL_WORLD_SIZE is {told!r}",
+            "torchrun, which sets all three, or none of them",
+        )
+    return int(told)
+
+
+def threads_per_process(processes: int) -> int:
+    """Threads for each of `processes` on this machine: OMP_NUM_THREADS, else its share of cores."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdecimal() else max(1, len(os.sched_getaffinity(0)) // processes)
+
+
+def run_workers(function: Callable[..., Any], arguments: tuple[Any, ...], processes: int) -> Any:
     """Call `function(*arguments, stop)` in `processes` ranks; what rank 0 returns.
 
     Raises the RidgelineError that a rank raised first, or LaunchError when one died otherwise.
@@ -63,7 +81,6 @@ def run_workers(
 
     for chatty in ("torch.distributed.elastic", "torch.multiprocessing"):
         logging.getLogger(chatty).setLevel(logging.CRITICAL)
-    os.environ["OMP_NUM_THREADS"] = str(threads)
     stop = multiprocessing.get_context("forkserver").Event()
     with tempfile.TemporaryDirectory(prefix="ridgeline-") as folder, _signals_set(stop):
         config = LaunchConfig(

@@ -35,7 +35,7 @@ def check(
             f"dp·mb divides the global batch: {layout.data}·{layout.micro_batch} = {per_step}, "
             f"and {global_batch} = {global_batch // per_step}·{per_step} + "
             f"{global_batch % per_step}",
-            f"a global batch of {below or above} or {above}, or "
+            f"a global batch of {f'{below} or ' if below else ''}{above}, or "
             f"dp{_near(global_batch, layout.data)} mb1",
         )
     _check_tensor_and_context(layout, shape, sequence)
@@ -61,12 +61,12 @@ def _check_tensor_and_context(layout: Layout, shape: ModelShape, sequence: int) 
                 f"tp divides the {what}: {number} is not a multiple of {layout.tensor}",
                 f"tp{_near(number, layout.tensor)}",
             )
-    parts = layout.context * layout.tensor
-    if sequence % parts:
+    if sequence % layout.context:
+        longer = -(-sequence // layout.context) * layout.context
         raise LayoutError(
-            f"cp{layout.context} tp{layout.tensor} with sequences of {sequence} tokens",
-            f"cp·tp divides the sequence: {sequence} is not a multiple of {parts}",
-            f"a sequence of {-(-sequence // parts) * parts}, or cp·tp = {_near(sequence, parts)}",
+            f"cp{layout.context} with sequences of {sequence} tokens",
+            f"cp divides the sequence: {sequence} is not a multiple of {layout.context}",
+            f"a sequence of {longer}, or cp{_near(sequence, layout.context)}",
         )
 
 

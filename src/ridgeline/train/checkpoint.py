@@ -25,6 +25,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -114,7 +115,7 @@ def save(
     if final.exists():
         return final
     writer = _Writer(folder / f".{final.name}.partial", final, asdict(progress))
-    with _one_process_is_meant():
+    with _planning(f"checkpoint {final}", "written"):
         save_planned(
             dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None
         )
@@ -142,7 +143,7 @@ def load(path: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | N
                 f"checkpoint {path}", f"{name} is {there} there and {list(value.shape)} here", ""
             )
     reader = _Reader(path, manifest)
-    with _one_process_is_meant():
+    with _planning(f"checkpoint {path}", "read"):
         load_planned(
             dict(wanted), storage_reader=reader, process_group=group, no_dist=group is None
         )
@@ -187,11 +188,29 @@ def keep_newest(folder: Path, keep: int) -> None:
 
 
 @contextmanager
-def _one_process_is_meant() -> Iterator[None]:
-    """Silence PyTorch's guess that saving without a process group is an oversight."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+def _planning(asked: str, verb: str) -> Iterator[None]:
+    """PyTorch's planners with a rank's own error for their list of all ranks' tracebacks.
+
+    Silences their guess that working without a process group is an oversight.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            yield
+    except CheckpointException as failure:
+        rank, (fault, _) = min(failure.failures.items())
+        if isinstance(fault, CheckpointError):
+            raise fault from None
+        if isinstance(fault, OSError | SafetensorError):
+            rule = f"it cannot be {verb} by rank {rank}: {fault}"
+            raise CheckpointError(asked, rule, "free space, or another folder") from None
+        raise
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """`tensor` with storage of its own: safetensors refuses tensors that share one."""
+    shares = tensor.untyped_storage().nbytes() > tensor.nbytes
+    return tensor.clone() if shares else tensor
 
 
 def _crc32(tensor: Tensor) -> int:
@@ -234,7 +253,7 @@ class _Writer(StorageWriter):
             assert isinstance(tensor, Tensor)
             tensor = tensor.detach().cpu().contiguous()
             key = f"{item.index.fqn}@{','.join(map(str, item.index.offset or ()))}"
-            tensors[key] = tensor.clone() if tensor._base is not None else tensor
+            tensors[key] = _alone(tensor)
             entry = {"file": file, "key": key, "crc32": _crc32(tensor)}
             results.append(WriteResult(item.index, tensor.nbytes, entry))
         if tensors:

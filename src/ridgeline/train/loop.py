@@ -52,11 +52,12 @@ def train_loop(
     job: Job,
     progress: Progress,
     observe: Callable[[Observation], None],
-    after_step: Callable[[Progress, bool], None],
+    after_step: Callable[[Progress, bool, bool], None],
 ) -> tuple[Progress, bool]:
     """Train from `progress` to the end of the budget; the progress reached, and whether complete.
 
-    `observe` gets every step's numbers, still on the device; `after_step` evaluates and saves.
+    `observe` gets every step's numbers, still on the device; `after_step(progress, complete, stop)`
+    evaluates and saves.
     """
     run, model, optimizer, clock = job.run, job.model, job.optimizer, job.clock
     stop, fraction = False, run_fraction(run, progress.step, progress.elapsed_s)
@@ -95,8 +96,9 @@ def train_loop(
         )
         observe(Observation(progress, loss, norm, rate))
         stop, elapsed_s = job.agreement.report(job.stop_asked(), progress.elapsed_s)
-        fraction = run_fraction(run, progress.step, elapsed_s)
-        after_step(progress, fraction >= 1 or stop)
+        # The first report of a resumed run agrees on no time yet, but the budget never grows back.
+        fraction = max(fraction, run_fraction(run, progress.step, elapsed_s))
+        after_step(progress, fraction >= 1, stop)
     job.agreement.settle()
     return progress, fraction >= 1
 

@@ -7,8 +7,14 @@ from typing import Any
 
 from rich.console import Console
 
-from ridgeline.errors import LaunchError, LayoutError, NotLearnt, RunError
-from ridgeline.launch.local import run_workers, started_by_launcher, warm_up
+from ridgeline.errors import LayoutError, NotLearnt, RunError
+from ridgeline.launch.local import (
+    local_processes,
+    run_workers,
+    started_by_launcher,
+    threads_per_process,
+    warm_up,
+)
 from ridgeline.layout.arithmetic import check
 from ridgeline.layout.layout import Layout
 from ridgeline.machine.device import device as device_named
@@ -57,7 +63,7 @@ def train(
     if launched and int(os.environ["RANK"]) != 0:
         return work(*arguments)
     processes = resolved.layout.world
-    threads = max(1, host.cores // (processes if world is None else local_world()))
+    threads = threads_per_process(local_processes() if launched else processes)
     with locked(resolved.path):
         check_folder(resolved)
         environment = describe_environment(str(host.device), processes, threads)
@@ -67,7 +73,7 @@ def train(
             outcome = work(*arguments)
         else:
             warm_up()
-            outcome = run_workers(work, arguments, processes, threads)
+            outcome = run_workers(work, arguments, processes)
     if outcome.complete:
         judge(resolved, outcome)
     return outcome
@@ -115,18 +121,6 @@ def judge(run: Run, outcome: Outcome) -> None:
             "train longer, or look at the loss in report.html",
         )
     Console(highlight=False, soft_wrap=True).print(verdict, markup=False)
-
-
-def local_world() -> int:
-    """Processes that the launcher started on this node."""
-    try:
-        return int(os.environ["LOCAL_WORLD_SIZE"])
-    except (KeyError, ValueError):
-        raise LaunchError(
-            "starting under a launcher",
-            "RANK and WORLD_SIZE are set but LOCAL_WORLD_SIZE is not a number",
-            "torchrun, which sets all three, or none of them",
-        ) from None
 
 
 def _announce(run: Run, reasons: dict[str, str]) -> None:

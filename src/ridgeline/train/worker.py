@@ -18,14 +18,14 @@ from torch import nn
 from ridgeline.data.manifest import Baselines
 from ridgeline.data.mixture import Mixture, open_mixture
 from ridgeline.errors import RunFolderError
-from ridgeline.launch.local import StopFlag
+from ridgeline.launch.local import StopFlag, local_processes, threads_per_process
 from ridgeline.layout.layout import Layout
 from ridgeline.machine.device import device as device_named
 from ridgeline.machine.device import recognise
 from ridgeline.model.counts import flops_per_token
 from ridgeline.model.shape import ModelShape
 from ridgeline.run import Optimizer, Run
-from ridgeline.torch_compat import HashStore
+from ridgeline.torch_compat import HashStore, Unfilled
 from ridgeline.train import checkpoint
 from ridgeline.train.agreement import Agreement
 from ridgeline.train.checkpoint import Progress
@@ -43,6 +43,8 @@ MakeOptimizer = Callable[[nn.Module, Optimizer], torch.optim.Optimizer]
 class Outcome:
     """How a run, or this part of it, ended."""
 
+    rank: int
+    """Which rank says so."""
     complete: bool
     """Whether the budget is spent; else it was asked to stop and can be resumed."""
     step: int
@@ -60,11 +62,14 @@ def work(
 ) -> Outcome:
     """Train `run`, resolved, as the rank that the environment says this process is."""
     stop = stop or threading.Event()
+    # The fork server loaded torch with threads for all cores; each worker takes its share.
+    torch.set_num_threads(threads_per_process(local_processes()))
     with _process_group() as (device, control), _stop_on_signals(stop):
         assert isinstance(run.layout, Layout)
         mesh = make_mesh(run.layout, device, dist.get_rank())
         mixture = mixture_of(run)
         model = build(run, decoder, mesh)
+        torch.manual_seed(run.seed + mesh.rank)  # for what a user's own decoder draws, as dropout
         optimizer = make_optimizer(model, run.optimizer)
         agreement = Agreement(control)
         job = Job(run, mesh, model, loss, optimizer, mixture, agreement, Clock(), stop.is_set)
@@ -94,7 +99,7 @@ def build(run: Run, decoder: MakeDecoder, mesh: Mesh) -> nn.Module:
     is made as it makes itself, after seeding PyTorch.
     """
     assert isinstance(run.layout, Layout)
-    with torch.device("meta"):
+    with torch.device("meta"), Unfilled():
         model = decoder(run.model)
     initialise = getattr(model, "initialise", None)
     if initialise is not None:
@@ -223,7 +228,7 @@ class Keeper:
         finally:
             if self.recorder:
                 self.recorder.close()
-        return Outcome(complete, progress.step, progress.tokens, self.held_out)
+        return Outcome(self.job.mesh.rank, complete, progress.step, progress.tokens, self.held_out)
 
     def observe(self, seen: Observation) -> None:
         """Log the step when it is due; the only place where a step waits for its own numbers."""
@@ -236,13 +241,13 @@ class Keeper:
         if self.recorder:
             self.recorder.step(seen, loss, seconds)
 
-    def after_step(self, progress: Progress, last: bool) -> None:
-        """Evaluate and save when due."""
+    def after_step(self, progress: Progress, complete: bool, stop: bool) -> None:
+        """Evaluate and save when due; one who asked to stop waits for the checkpoint only."""
         run = self.job.run
         evaluation, saving = run.evaluation.every_steps, run.checkpoint.every_steps
-        if last or (evaluation and progress.step % evaluation == 0):
+        if complete or (evaluation and progress.step % evaluation == 0 and not stop):
             self.evaluate(progress)
-        if last or (saving and progress.step % saving == 0):
+        if complete or stop or (saving and progress.step % saving == 0):
             with self.job.clock.phase("checkpoint"):
                 self.save(progress)
         self.job.clock.lap()  # elapsed_s counts steps, not what lies between them
