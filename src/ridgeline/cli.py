@@ -85,11 +85,14 @@ def train(context: click.Context, run_file: Path) -> None:
     Example:
       ridgeline train run.toml --optimizer.lr 3e-4 --layout "dp2 mb8 bf16"
     """
+    overrides = context.args
     if run_file.is_dir():
         from ridgeline.train.folder import latest_run_file
 
+        folder = run_file.resolve()  # it may have been moved since its run file was written
+        overrides = ["--folder", str(folder.parent), "--name", folder.name, *overrides]
         run_file = latest_run_file(run_file)
-    run = ridgeline.read_run(run_file, context.args)
+    run = ridgeline.read_run(run_file, overrides)
     try:
         outcome = ridgeline.train(run)
     except NotLearnt:

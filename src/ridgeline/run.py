@@ -402,7 +402,7 @@ def _teach(fault: ValidationError, where: str) -> RidgelineError:
     lines = []
     remedy = ""
     for problem in fault.errors():
-        # pydantic puts the branch of `"auto" | Layout` into the path, by the names of its validators
+        # The branch of `"auto" | Layout` stands in pydantic's path, named by its validators.
         path = [str(part) for part in problem["loc"] if not re.search(r"Layout|'auto'", str(part))]
         name = ".".join(path)
         if problem["type"] == "extra_forbidden":

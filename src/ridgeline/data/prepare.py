@@ -54,6 +54,7 @@ from ridgeline.data.tokenizer import (
     vocab_of,
 )
 from ridgeline.errors import DataError, ShardError, SourceError, TokenizerError
+from ridgeline.processes import is_alive
 from ridgeline.run import Corpus, Data
 
 TOKENIZER = "tokenizer.json"
@@ -378,9 +379,5 @@ def _remove_leftovers(folder: Path) -> None:
     start = f".{folder.name}.{socket.gethostname()}-"
     for leftover in folder.parent.glob(f"{start}*.partial"):
         process = int(leftover.name.removeprefix(start).split(".")[0])
-        try:
-            os.kill(process, 0)
-        except ProcessLookupError:
+        if not is_alive(process):
             shutil.rmtree(leftover, ignore_errors=True)
-        except PermissionError:
-            pass  # a living process of another user

@@ -40,9 +40,17 @@ class StopFlag(Protocol):
 
 
 def warm_up() -> None:
-    """Start the fork server, which imports torch beside this process, not after it."""
+    """Start the fork server, which imports torch beside this process, not after it.
+
+    It and its workers inherit that SIGINT is ignored: Ctrl-C reaches every process of a terminal,
+    and the parent alone passes it on.
+    """
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
-    multiprocessing.forkserver.ensure_running()
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def started_by_launcher() -> bool:

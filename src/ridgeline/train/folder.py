@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ridgeline.errors import RunFolderError
+from ridgeline.processes import is_alive
 from ridgeline.run import Run, read_run
 
 LOCK = "lock.json"
@@ -44,8 +45,9 @@ def identity(run: Run) -> dict[str, Any]:
 
 def latest_run_file(folder: Path) -> Path:
     """The newest of run.toml, run.2.toml, … in a run folder."""
-    numbered = sorted(folder.glob("run.*.toml"), key=lambda path: int(path.name.split(".")[1]))
-    return numbered[-1] if numbered else folder / "run.toml"
+    numbers = [path.name.split(".")[1] for path in folder.glob("run.*.toml")]
+    newest = max((int(number) for number in numbers if number.isdecimal()), default=1)
+    return folder / (f"run.{newest}.toml" if newest > 1 else "run.toml")
 
 
 def check_folder(run: Run) -> None:
@@ -113,7 +115,7 @@ def locked(folder: Path) -> Iterator[None]:
             json.dump(me, file)
     except FileExistsError:
         holder = _holder(lock)
-        if holder.get("host") != me["host"] or _alive(holder.get("pid")):
+        if holder.get("host") != me["host"] or is_alive(holder.get("pid")):
             raise RunFolderError(
                 f"run folder {folder} is held by process {holder.get('pid')} on "
                 f"{holder.get('host')}",
@@ -135,18 +137,6 @@ def _holder(lock: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return holder if isinstance(holder, dict) else {}
-
-
-def _alive(pid: object) -> bool:
-    if not isinstance(pid, int):
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def describe_environment(device: str, processes: int, threads: int) -> dict[str, Any]:

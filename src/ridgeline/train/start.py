@@ -32,6 +32,7 @@ from ridgeline.train.worker import (
     Outcome,
     baselines_of,
     mixture_of,
+    without_memory,
     work,
 )
 
@@ -59,6 +60,7 @@ def train(
     resolved, reasons = resolve(run, host, world)
     assert isinstance(resolved.layout, Layout)
     refuse_impossible(resolved, host, world)
+    without_memory(decoder, resolved.model)  # raises for a model that can only be planned
     arguments: tuple[Any, ...] = (resolved, decoder, loss, optimizer)
     if launched and int(os.environ["RANK"]) != 0:
         return work(*arguments)
@@ -99,7 +101,9 @@ def refuse_impossible(run: Run, host: Host, world: int | None) -> None:
             f"it needs {run.layout.world} devices and this machine has {what}",
             "start it on the cluster it is meant for, or --layout auto --cluster.devices 0",
         )
-    mixture_of(run)
+    mixture = mixture_of(run)
+    for corpus in mixture.corpora:
+        mixture.held_out(corpus.name, 1)  # now, not after the last step
 
 
 def judge(run: Run, outcome: Outcome) -> None:

@@ -92,6 +92,12 @@ def baselines_of(run: Run, mixture: Mixture) -> Baselines | None:
     return baselines if baselines and baselines.weights == weights else None
 
 
+def without_memory(decoder: MakeDecoder, shape: ModelShape) -> nn.Module:
+    """The decoder on the meta device: its names and shapes, and no values."""
+    with torch.device("meta"), Unfilled():
+        return decoder(shape)
+
+
 def build(run: Run, decoder: MakeDecoder, mesh: Mesh) -> nn.Module:
     """The decoder with its initial weights, divided by the layout, on this rank's device.
 
@@ -99,8 +105,7 @@ def build(run: Run, decoder: MakeDecoder, mesh: Mesh) -> nn.Module:
     is made as it makes itself, after seeding PyTorch.
     """
     assert isinstance(run.layout, Layout)
-    with torch.device("meta"), Unfilled():
-        model = decoder(run.model)
+    model = without_memory(decoder, run.model)
     initialise = getattr(model, "initialise", None)
     if initialise is not None:
         model.to_empty(device=mesh.device)
