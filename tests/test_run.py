@@ -232,6 +232,16 @@ REFUSED: list[tuple[dict[str, Any], type[RidgelineError], str, str]] = [
 ]
 
 
+def test_the_override_none_takes_an_optional_value_away(tmp_path: Path) -> None:
+    path = write(tmp_path / "run.toml", 'model = "gpt2"\n[evaluation]\nmust_learn_nats = 1.5\n')
+    words = ["--evaluation.must_learn_nats", "none", "--layout.recompute", "none"]
+    run = read_run(path, words)
+    assert run.evaluation.must_learn_nats is None
+    assert run.layout == Layout(recompute="none")
+    with pytest.raises(RunError, match="seed"):
+        read_run(path, ["--seed", "none"])
+
+
 @pytest.mark.parametrize(("changes", "kind", "text", "remedy"), REFUSED)
 def test_what_cannot_be_is_refused_with_a_lesson(
     changes: dict[str, Any], kind: type[RidgelineError], text: str, remedy: str

@@ -89,7 +89,8 @@ def train(context: click.Context, run_file: Path) -> None:
     if run_file.is_dir():
         from ridgeline.train.folder import latest_run_file
 
-        folder = run_file.resolve()  # it may have been moved since its run file was written
+        # It may have been moved since its run file was written.
+        folder = run_file if run_file.name else run_file.resolve()
         overrides = ["--folder", str(folder.parent), "--name", folder.name, *overrides]
         run_file = latest_run_file(run_file)
     run = ridgeline.read_run(run_file, overrides)

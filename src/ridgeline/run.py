@@ -344,7 +344,10 @@ def make_run(values: Mapping[str, Any], where: str = "run") -> Run:
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Write `--a.b value` and `--a.b=value` pairs into nested `values`, in place."""
+    """Write `--a.b value` and `--a.b=value` pairs into nested `values`, in place.
+
+    `none` takes an optional value away.
+    """
     words = list(overrides)
     while words:
         word = words.pop(0)
@@ -373,7 +376,8 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
         if key in rivals:
             for rival in rivals:
                 target.pop(rival, None)
-        target[key] = _value_of(text)
+        unset = text == "none" and tables != ["layout"]  # layout.recompute has a value "none"
+        target[key] = None if unset else _value_of(text)
 
 
 RIVALS = {

@@ -180,3 +180,12 @@ def test_the_environment_says_where_and_with_what() -> None:
     assert (environment["processes"], environment["threads"]) == (2, 1)
     assert environment["started"].endswith("+00:00")
     json.dumps(environment)
+
+
+def test_a_moved_run_folder_keeps_its_run_file(tiny_run: Callable[..., Run]) -> None:
+    run = tiny_run()
+    write_folder(run, {}, {})
+    moved = run.model_copy(update={"name": "moved"})
+    run.path.rename(moved.path)
+    write_folder(moved, {}, {})
+    assert sorted(path.name for path in moved.path.glob("run*.toml")) == ["run.toml"]

@@ -87,7 +87,8 @@ def write_folder(run: Run, reasons: Mapping[str, str], environment: Mapping[str,
     target = folder / "run.toml"
     if target.exists():
         latest = latest_run_file(folder)
-        if read_run(latest) == run:
+        here = {"folder": run.folder, "name": run.name}  # the folder may have been moved
+        if read_run(latest).model_copy(update=here) == run:
             target = latest
         else:
             last = 1 if latest.name == "run.toml" else int(latest.name.split(".")[1])
