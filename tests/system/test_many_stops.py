@@ -109,15 +109,19 @@ def test_kills_at_random_moments_end_bit_identical(
     run = make_tiny_run(tmp_path, **SLOW)
     (tmp_path / "run.toml").write_text(run.to_toml())
     choose = random.Random(21)
+    killed = 0
     for number in range(KILLS):
         command = start_command("train", tmp_path / "run.toml")
         time.sleep(choose.uniform(2.0, 4.0 + 0.3 * seconds))
-        if number % 2:
-            os.killpg(command.pid, signal.SIGKILL)
-        else:
-            os.kill(choose.choice(processes_of(command.pid)), signal.SIGKILL)
+        if living := processes_of(command.pid):
+            killed += 1
+            if number % 2:
+                os.killpg(command.pid, signal.SIGKILL)
+            else:
+                os.kill(choose.choice(living), signal.SIGKILL)
         command.communicate(timeout=300)
         wait_for_none(command.pid)
+    assert killed >= KILLS // 3  # a machine that is suddenly fast finishes the run before the rest
     said, _ = (command := start_command("train", tmp_path / "run.toml")).communicate(timeout=600)
     assert command.returncode == 0, said
     assert last_tensors(run) == last_tensors(reference)
