@@ -129,7 +129,6 @@ def test_a_list_that_is_not_a_schedule_is_refused(actions: Any, says: str) -> No
 def _of_torch(name: str, pipeline: int, count: int, chunks: int) -> PipelineSchedule:
     """PyTorch's own list of the same schedule, its overlapped pairs one after the other."""
     schedules = pytest.importorskip("torch.distributed.pipelining.schedules")
-    loop = tuple(range(pipeline)) * chunks
     ranks = tuple(range(pipeline))
     lists = []
     for rank in ranks:
@@ -153,7 +152,8 @@ def _of_torch(name: str, pipeline: int, count: int, chunks: int) -> PipelineSche
         ]
         assert [str(action) for action in actions] == [repr(part) for part in flat]  # one notation
         lists.append(tuple(actions))
-    home = loop if chunks != 2 or "V" not in name[-12:] else (*ranks, *reversed(ranks))
+    folded = name in ("ScheduleZBVZeroBubble", "ScheduleDualPipeV")
+    home = (*ranks, *reversed(ranks)) if folded else ranks * chunks
     return PipelineSchedule(name, count, home, tuple(lists))
 
 

@@ -109,13 +109,16 @@ def replay(schedule: PipelineSchedule, durations: Durations) -> Timeline:
     forward_end: dict[tuple[int, int], float] = {}
     input_end: dict[tuple[int, int], float] = {}
     spans: list[list[tuple[Action, float, float]]] = [[] for _ in schedule.actions]
+    left = [deque(actions) for actions in schedule.actions]
     ready = deque(range(schedule.ranks))
     while ready:
         rank = ready.popleft()
-        for action in schedule.actions[rank][len(spans[rank]) :]:
+        while left[rank]:
+            action = left[rank][0]
             arrival = _arrival(action, schedule, durations.send_s, forward_end, input_end)
             if arrival is None:
                 break
+            left[rank].popleft()
             start = max(arrival, spans[rank][-1][2] if spans[rank] else 0.0)
             end = start + durations.of(action)
             spans[rank].append((action, start, end))
@@ -126,7 +129,7 @@ def replay(schedule: PipelineSchedule, durations: Durations) -> Timeline:
             waiting = action.chunk + (1 if forward else -1)
             if 0 <= waiting < schedule.chunks:
                 ready.append(schedule.rank_of_chunk[waiting])
-    _check_finished(schedule, spans)
+    _check_finished(schedule, left)
     return Timeline(schedule, tuple(tuple(rank) for rank in spans))
 
 
@@ -175,14 +178,8 @@ def _check_durations(schedule: PipelineSchedule, durations: Durations) -> None:
         raise LayoutError("forward passes of 0 s in a pipeline", "work takes time", "seconds > 0")
 
 
-def _check_finished(
-    schedule: PipelineSchedule, spans: list[list[tuple[Action, float, float]]]
-) -> None:
-    stuck = [
-        f"rank {rank} at {actions[len(done)]}"
-        for rank, (actions, done) in enumerate(zip(schedule.actions, spans, strict=True))
-        if len(done) < len(actions)
-    ]
+def _check_finished(schedule: PipelineSchedule, left: list[deque[Action]]) -> None:
+    stuck = [f"rank {rank} at {actions[0]}" for rank, actions in enumerate(left) if actions]
     if stuck:
         raise LayoutError(
             f"the lists of schedule {schedule.name} wait for each other",
