@@ -50,7 +50,7 @@ def test_each_micro_batch_of_each_chunk_is_done_once(
 @pytest.mark.parametrize(("name", "interleave"), KINDS)
 def test_no_list_waits_for_another_forever(name: Schedule, interleave: int) -> None:
     for pipeline in range(1, 9):
-        for count in (1, 2, 3, 5, 7, 8, 12, 15, 16, 17, 31, 32):
+        for count in range(1, 33):
             schedule = pipeline_schedule(name, pipeline, count, interleave)
             timeline = replay(schedule, even_durations(schedule.chunks, 1, 1, 1))
             assert timeline.step_s >= 3 * count * chunks_per_rank(name, interleave)
