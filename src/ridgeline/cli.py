@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import click
 
 import ridgeline
+from ridgeline.cli_plan import plan, validate
 from ridgeline.errors import NotLearnt, RidgelineError
 
 RESUME_ME = 75
@@ -180,6 +181,10 @@ def cost(as_json: bool, **asked: Any) -> None:
     from ridgeline.plan.cost_text import answer
 
     click.echo(answer(as_json=as_json, **asked))
+
+
+verbs.add_command(plan)
+verbs.add_command(validate)
 
 
 @verbs.command()

@@ -132,9 +132,15 @@ def rates_of(
 ) -> Rates:
     """The effective rates of every row; arrays as long as the lists.
 
-    Raises MachineError for a device that is not calibrated and a precision it does not have.
+    Raises MachineError for a device or stack that is not calibrated, and for a precision that the
+    device does not have.
     """
     devices = [one(constants.devices, cluster.device.name) for cluster in clusters]
+    for name in stacks:
+        if name not in constants.stacks:
+            raise MachineError(
+                f"stack {name!r}", "no such software is calibrated", nearest(name, constants.stacks)
+            )
     kinds = [constants.stacks[name] for name in stacks]
 
     def array(values: list[float]) -> Array:

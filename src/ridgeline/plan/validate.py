@@ -144,6 +144,7 @@ def _scores(outcomes: list[Outcome]) -> dict[str, Any]:
     )
     regrets, pairs = _choices(outcomes)
     return {
+        "scored": len(outcomes),
         "mape": _mean(np.abs(errors)),
         "median": _median(np.abs(errors)),
         "bias": _mean(errors),
