@@ -188,6 +188,28 @@ verbs.add_command(validate)
 
 
 @verbs.command()
+@click.argument("layout")
+@click.option("--micro-batches", type=int, required=True, help="Per replica and step.")
+@click.option("--forward", "forward_s", default=1.0, show_default=True, help="Seconds on a rank.")
+@click.option("--backward-input", "backward_input_s", default=1.0, show_default=True)
+@click.option("--backward-weight", "backward_weight_s", default=1.0, show_default=True)
+@click.option("--send", "send_s", default=0.0, show_default=True, help="Seconds between ranks.")
+@click.option("--svg", type=click.Path(path_type=Path), help="Write a picture.")
+@click.option("--trace", type=click.Path(path_type=Path), help="Write a trace for ui.perfetto.dev.")
+def pipeline(layout: str, micro_batches: int, **options: Any) -> None:
+    """Replay the pipeline schedule of LAYOUT: idle time, activations kept, pictures.
+
+    \b
+    Example:
+      ridgeline pipeline "pp8 v2 1f1b" --micro-batches 16
+      ridgeline pipeline "pp4 zbv" --micro-batches 8 --svg zbv.svg --trace zbv.json
+    """
+    from ridgeline.plan.timeline_picture import draw
+
+    click.echo(draw(layout, micro_batches, **options))
+
+
+@verbs.command()
 def version() -> None:
     """Print the versions a bug report needs.
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ridgeline.cli import verbs
 from ridgeline.errors import LayoutError
 from ridgeline.layout.layout import Schedule
 from ridgeline.layout.schedules import Action, PipelineSchedule, pipeline_schedule
@@ -186,3 +189,16 @@ def test_trace_opens_in_perfetto() -> None:
     first = work[0]
     assert (first["name"], first["ts"], first["dur"], first["tid"]) == ("0F0", 0.0, 5e5, 0)
     assert max(event["ts"] + event["dur"] for event in work) == pytest.approx(4e6)
+
+
+def test_the_command_replays_and_draws(tmp_path: Path) -> None:
+    svg, trace = tmp_path / "zbv.svg", tmp_path / "zbv.json"
+    command = ["pipeline", "pp4 zbv", "--micro-batches", "8", "--svg", str(svg)]
+    told = CliRunner().invoke(verbs, [*command, "--trace", str(trace)], catch_exceptions=False)
+    # A rank's work is 8·3 s, and the slant of starting 3 chunks of half a second.
+    assert told.output.splitlines()[0].startswith("zbv v2, 4 ranks, 8 micro-batches: 26s per step")
+    assert told.output.count("24s") == 4
+    assert ElementTree.parse(svg).getroot().tag.endswith("svg")
+    assert json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    refused = CliRunner().invoke(verbs, ["pipeline", "pp4 gpipe v2", "--micro-batches", "8"])
+    assert isinstance(refused.exception, LayoutError)

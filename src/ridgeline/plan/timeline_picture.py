@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from html import escape
+from pathlib import Path
 
 from ridgeline import human
-from ridgeline.plan.timeline import Timeline
+from ridgeline.layout.layout import Layout
+from ridgeline.layout.schedules import pipeline_schedule
+from ridgeline.plan.timeline import Timeline, even_durations, replay
 
 WIDTH = 960
 ROW = 26
@@ -26,6 +29,62 @@ text { font: 11px system-ui, sans-serif; fill: #222 }
 """
 
 
+def draw(
+    sentence: str,
+    micro_batches: int,
+    *,
+    forward_s: float = 1.0,
+    backward_input_s: float = 1.0,
+    backward_weight_s: float = 1.0,
+    send_s: float = 0.0,
+    svg: Path | None = None,
+    trace: Path | None = None,
+) -> str:
+    """What `ridgeline pipeline` prints of a layout sentence, and the pictures it writes if asked.
+
+    The seconds are those of one micro-batch on one rank, all its chunks together. Raises
+    LayoutError.
+    """
+    layout = Layout.model_validate(sentence)
+    schedule = pipeline_schedule(layout.schedule, layout.pipeline, micro_batches, layout.interleave)
+    per_rank = schedule.chunks // schedule.ranks
+    durations = even_durations(
+        schedule.chunks,
+        forward_s / per_rank,
+        backward_input_s / per_rank,
+        backward_weight_s / per_rank,
+        send_s,
+    )
+    timeline = replay(schedule, durations)
+    for path, text in ((svg, timeline_svg), (trace, timeline_trace)):
+        if path is not None:
+            path.write_text(text(timeline), encoding="utf-8")
+    return describe(timeline)
+
+
+def describe(timeline: Timeline) -> str:
+    """The step, and for each rank its work, idle time and most activations kept."""
+    schedule = timeline.schedule
+    chunks = schedule.chunks // schedule.ranks
+    kept = f"kept, of {schedule.micro_batches} micro-batches in {chunks} chunks"
+    lines = [_title(timeline), f"  rank      busy      idle  {kept}"]
+    for rank, (busy_s, idle_s, peak) in enumerate(
+        zip(timeline.busy_s, timeline.bubble_s, schedule.peak_in_flight(), strict=True)
+    ):
+        busy, idle = human.duration(busy_s), human.duration(max(0.0, idle_s))
+        lines.append(f"  {rank:4}  {busy:>8}  {idle:>8}  {peak}")
+    return "\n".join(lines)
+
+
+def _title(timeline: Timeline) -> str:
+    schedule = timeline.schedule
+    idle = human.percent(1 - min(timeline.busy_s) / timeline.step_s)
+    return (
+        f"{schedule.name}, {schedule.ranks} ranks, {schedule.micro_batches} micro-batches: "
+        f"{human.duration(timeline.step_s)} per step, at most {idle} of it idle"
+    )
+
+
 def timeline_svg(timeline: Timeline) -> str:
     """An SVG of every rank's work over time: a row per rank, a bar per action, bubbles bare.
 
@@ -35,11 +94,7 @@ def timeline_svg(timeline: Timeline) -> str:
     schedule = timeline.schedule
     scale = (WIDTH - LEFT - 8) / timeline.step_s
     height = TOP + ROW * schedule.ranks + 24
-    bubble = human.percent(1 - min(timeline.busy_s) / timeline.step_s)
-    title = (
-        f"{schedule.name}, {schedule.ranks} ranks, {schedule.micro_batches} micro-batches: "
-        f"{human.duration(timeline.step_s)} per step, at most {bubble} of it idle"
-    )
+    title = _title(timeline)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img">',
         f"<title>{escape(title)}</title><style>{STYLE}</style>",
