@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import asdict
 from typing import Any
 
@@ -151,12 +153,13 @@ def test_absurd_questions_are_refused_by_name(change: dict[str, Any], says: str)
         {"failures_per_device_hour": 0},
         {"checkpoint_s": 0},
         {"restart_s": -1},
+        {"currency": "euro"},
     ],
     ids=str,
 )
-def test_absurd_rates_are_refused_by_name(absurd: dict[str, float]) -> None:
+def test_absurd_rates_are_refused_by_name(absurd: dict[str, Any]) -> None:
     with pytest.raises(PlanError, match=next(iter(absurd)).replace("_", " ").split()[0]):
-        Rates(**absurd)  # type: ignore[arg-type]
+        Rates(**absurd)
 
 
 @pytest.mark.parametrize(
@@ -171,6 +174,23 @@ def test_counts_as_people_write_them(text: str, count: int) -> None:
 def test_counts_that_are_none(text: str) -> None:
     with pytest.raises(PlanError, match="tokens"):
         count_of(text, "tokens")
+
+
+def test_jobs_that_never_end_and_sums_that_overflow_are_refused() -> None:
+    devices, cluster = h100()
+    hopeless = Rates(failures_per_device_hour=1.0, checkpoint_s=60, restart_s=3600)
+    with pytest.raises(PlanError, match="it never ends"):
+        cost(LLAMA, TOKENS, devices, cluster, mfu=0.4, rates=hopeless)
+    with pytest.raises(PlanError, match="too large"):
+        cost(LLAMA, TOKENS, devices, cluster, mfu=1e-320)
+    with pytest.raises(PlanError, match="too large"):
+        cost(LLAMA, TOKENS, devices, cluster, mfu=0.4, rates=Rates(device_price=1e308))
+
+
+def test_costs_are_reckoned_without_torch() -> None:
+    program = "import sys, ridgeline.plan.cost_text, ridgeline.plan.timeline_picture"
+    program += "; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
 COMMAND = ["cost", "llama3.1-405b", "--tokens", "15T", "--on", "16000xH100-SXM-80GB"]

@@ -10,6 +10,8 @@ from ridgeline.errors import PlanError
 DECIMAL = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12, "P": 10**15}
 """What a letter behind a number multiplies it by; B is a billion, as in 405B parameters."""
 
+MOST = 1e18
+
 
 def count_of(text: str, what: str) -> int:
     """`15T` → 15_000_000_000_000; `1.5B`, `380e9`, `3,072` are read as well.
@@ -18,10 +20,10 @@ def count_of(text: str, what: str) -> int:
     """
     match = re.fullmatch(r"([\d_,]*\.?\d+(?:[eE]\+?\d{1,3})?)\s*([kMGBT]?|P)", text.strip())
     value = float(re.sub(r"[_,]", "", match[1])) * DECIMAL[match[2]] if match else math.nan
-    if not (math.isfinite(value) and value >= 1 and value == int(value)):
+    if not (1 <= value <= MOST and value == int(value)):  # NaN compares false
         raise PlanError(
             f"{what} {text!r}",
-            "a whole number of at least 1, with k, M, B, T or P for 1e3, 1e6, 1e9, 1e12, 1e15",
+            f"a whole number from 1 to {MOST:g}; k, M, B, T, P: 1e3, 1e6, 1e9, 1e12, 1e15",
             "15T, or 15e12",
         )
     return int(value)

@@ -8,6 +8,7 @@ tokens, n devices, MFU the share of the devices' dense peak that the model's own
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, fields
 
 from ridgeline.errors import PlanError, nearest
@@ -57,6 +58,10 @@ class Rates:
         for name in ("device_w", "failures_per_device_hour", "checkpoint_s"):
             if named[name] is not None:
                 positive(named[name], name.replace("_", " "))
+        if not re.fullmatch("[A-Z]{3}", self.currency):
+            raise PlanError(
+                f"currency {self.currency!r}", "currencies have three letters (ISO 4217)", "USD"
+            )
         if self.pue is not None and self.pue < 1:
             raise PlanError(
                 f"pue {self.pue:g}",
@@ -179,7 +184,7 @@ def cost(
     at_peak_s = training_s(flops, devices, peak)
     mfu, train_s = _speed(at_peak_s, mfu, days)
     losses = _losses(devices, cluster, rates)
-    wall_s = train_s / losses.fraction if losses and losses.fraction else None
+    wall_s = train_s / losses.fraction if losses else None
     paid_s = train_s if wall_s is None else wall_s
     counts = parameters(shape)
     visited = counts.non_embedding - counts.idle_experts
@@ -192,7 +197,7 @@ def cost(
         if rates.device_price is None or rates.other_capital is None
         else centre_capital(devices, rates.device_price, rates.other_capital)
     )
-    return Cost(
+    result = Cost(
         model=shape.name,
         parameters=counts.total,
         non_embedding_parameters=visited,
@@ -227,6 +232,17 @@ def cost(
         currency=rates.currency,
         notes=_notes(cluster, rates, losses),
     )
+    _check_finite(result)
+    return result
+
+
+def _check_finite(result: Cost) -> None:
+    for field in fields(result):
+        value = getattr(result, field.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise PlanError(
+                f"{field.name} = {value}", "the numbers asked with are too large or too small", ""
+            )
 
 
 def _peak(cluster: Cluster, precision: str | None) -> tuple[str, float]:
@@ -266,7 +282,15 @@ def _losses(devices: int, cluster: Cluster, rates: Rates) -> Goodput | None:
     rate = rates.failures_per_device_hour or cluster.failures_per_device_hour
     if rate is None or rates.checkpoint_s is None or rates.restart_s is None:
         return None
-    return goodput(job_mtbf_s(rate, devices), rates.checkpoint_s, rates.restart_s)
+    losses = goodput(job_mtbf_s(rate, devices), rates.checkpoint_s, rates.restart_s)
+    if losses.fraction == 0:
+        raise PlanError(
+            f"{devices:,} devices that fail {rate:g} times an hour each",
+            f"the job fails every {losses.mtbf_s:g} s, saving takes {rates.checkpoint_s:g} s and "
+            f"restarting {rates.restart_s:g} s: it never ends",
+            "fewer devices, or a shorter restart",
+        )
+    return losses
 
 
 def _power_w(devices: int, cluster: Cluster, rates: Rates) -> float | None:
