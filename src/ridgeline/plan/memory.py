@@ -105,5 +105,7 @@ def in_flight(layouts: Layouts, micro_batches: Array) -> Array:
     """Chunks of a micro-batch that the first rank holds at once."""
     pipeline, chunks, code = layouts.pipeline, layouts.interleave, layouts.schedule
     warm = np.where(chunks > 1, pipeline * chunks + pipeline - 1, pipeline)
+    warm = np.where(code == SCHEDULES.index("zbv"), 2 * pipeline, warm)
+    warm = np.where(code == SCHEDULES.index("dualpipev"), 2 * pipeline + 1, warm)
     eager = code == SCHEDULES.index("gpipe")
     return np.where(eager, micro_batches * chunks, np.minimum(micro_batches * chunks, warm))
