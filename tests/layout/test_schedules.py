@@ -118,6 +118,8 @@ def test_impossible_schedules_are_refused(arguments: Any, says: str) -> None:
         (((Action("F", 0, 0), Action("B", 0, 0), Action("F", 0, 0)),), "stands 2 times"),
         (((Action("F", 0, 0), Action("B", 1, 0)),), "on the rank of its chunk"),
         (((Action("F", 0, 7), Action("B", 0, 0)),), "micro-batches 0 to 0"),
+        (((Action("F", 0, -1), Action("B", 0, 0)),), "micro-batches 0 to 0"),
+        (((Action("F", -1, 0), Action("B", 0, 0)),), "on the rank of its chunk"),
         (((Action("F", 0, 0), Action("I", 0, 0)),), "it has FI"),
     ],
 )

@@ -179,6 +179,12 @@ def test_picture_draws_every_action_once_and_needs_nothing_else() -> None:
     assert {bar.get("class") for bar in bars} == {"kF", "kI", "kW"}
 
 
+def test_pictures_nobody_could_read_are_refused() -> None:
+    timeline = replay(pipeline_schedule("1f1b", 16, 400), even_durations(16, 1, 1, 1))
+    with pytest.raises(LayoutError, match="312 micro-batches, or a trace"):
+        timeline_svg(timeline)
+
+
 def test_trace_opens_in_perfetto() -> None:
     timeline = replay(pipeline_schedule("1f1b", 2, 3), even_durations(2, 0.5, 0.25, 0.25))
     events = json.loads(timeline_trace(timeline))["traceEvents"]

@@ -81,11 +81,17 @@ class PipelineSchedule:
 
         Raises LayoutError naming the first action that is missing, repeated or misplaced.
         """
+        if self.micro_batches < 1:
+            raise LayoutError(
+                f"schedule {self.name} of {self.micro_batches} micro-batches", "1 is least"
+            )
         found = Counter(action for actions in self.actions for action in actions)
         for rank, actions in enumerate(self.actions):
             for action in actions:
-                home = self.rank_of_chunk[action.chunk] if action.chunk < self.chunks else None
-                if home != rank or found[action] > 1 or action.micro_batch >= self.micro_batches:
+                inside = 0 <= action.chunk < self.chunks
+                home = self.rank_of_chunk[action.chunk] if inside else None
+                known = 0 <= action.micro_batch < self.micro_batches
+                if home != rank or found[action] > 1 or not known:
                     raise LayoutError(
                         f"action {action} on rank {rank} of schedule {self.name}",
                         f"each action stands once, on the rank of its chunk ({home}), for "

@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 
 from ridgeline import human
+from ridgeline.errors import LayoutError
 from ridgeline.layout.layout import Layout
 from ridgeline.layout.schedules import pipeline_schedule
 from ridgeline.plan.timeline import Timeline, even_durations, replay
@@ -15,6 +16,7 @@ WIDTH = 960
 ROW = 26
 BAR = 20
 LEFT = 64
+MOST_BARS = 10_000
 TOP = 40
 NAMES = {"F": "forward", "B": "backward", "I": "backward, inputs", "W": "backward, weights"}
 # Okabe and Ito's colours, told apart with any colour vision; the letter says the kind as well.
@@ -89,9 +91,18 @@ def timeline_svg(timeline: Timeline) -> str:
     """An SVG of every rank's work over time: a row per rank, a bar per action, bubbles bare.
 
     Bars wide enough carry their micro-batch. Chunks beyond a rank's first are paler. Colours stay
-    apart in colour-blind eyes, and follow the reader's light or dark scheme.
+    apart in colour-blind eyes, and follow the reader's light or dark scheme. Raises LayoutError for
+    more actions than a picture can show.
     """
     schedule = timeline.schedule
+    count = sum(len(spans) for spans in timeline.spans)
+    if count > MOST_BARS:
+        fewer = max(1, schedule.micro_batches * MOST_BARS // count)
+        raise LayoutError(
+            f"a picture of {schedule.micro_batches} micro-batches over {schedule.ranks} ranks",
+            f"that is {count:,} bars; a picture shows at most {MOST_BARS:,}",
+            f"{fewer} micro-batches, or a trace",
+        )
     scale = (WIDTH - LEFT - 8) / timeline.step_s
     height = TOP + ROW * schedule.ranks + 24
     title = _title(timeline)
