@@ -140,10 +140,15 @@ class Plain:
         layer = forward + backward
         slowest = max(most * layer, (least if pp > 1 else most) * layer + block["head"])
         through = t["layers"] * layer + block["head"]
-        late = min(block["matrix"], backward) / layer
-        left = {"zbh1": 1 - 2 * late, "izb": 1 - 2 * late}.get(layout.schedule, 1.0)
-        if layout.schedule in ("zbv", "dualpipev"):
-            left = 1 - 3 * late
+        late = min(block["matrix"], backward)
+        soon = backward - late
+        idle = {
+            "zbh1": forward + soon - late,
+            "izb": forward + soon - late,
+            "zbv": max(soon, late, 2 * (soon - late)),
+            "dualpipev": max(forward + soon, 2 * soon) - late,
+        }
+        left = idle.get(layout.schedule, layer) / layer
         busy = micro_batches * slowest + (through - slowest) / v * max(left, 0.0)
         embedding = t["vocab"] * t["hidden"] / layout.tensor
         owned = most * params + embedding * (2 if pp == 1 and not t["tied"] else 1)

@@ -74,9 +74,30 @@ def test_folded_schedules_leave_only_the_slant_of_starting(pipeline: int) -> Non
             assert timeline.bubble_s == (closed,) * pipeline == (pipeline - 1.0,) * pipeline
 
 
+@given(
+    st.sampled_from(["zbv", "dualpipev"]),
+    ranks,
+    st.integers(0, 16),
+    st.floats(1, 3),
+    st.floats(0.05, 1.3),
+)
+def test_folded_schedules_where_backward_is_the_slower(
+    name: Schedule, pipeline: int, more: int, i: float, share: float
+) -> None:
+    w = share * i if name == "zbv" else min(share, 1) * i
+    count = 2 * pipeline + more
+    timeline = replay(
+        pipeline_schedule(name, pipeline, count), even_durations(2 * pipeline, 1, i, w)
+    )
+    closed = closed_form_bubble_s(name, pipeline, count, 2, 1.0, i, w)
+    assert timeline.bubble_s == pytest.approx((closed,) * pipeline, abs=1e-9)
+
+
 def test_no_closed_form_is_claimed_where_none_is_known() -> None:
     assert closed_form_bubble_s("zbh1", 4, 8, 1, 1.0, 1.0, 1.2) is None
-    assert closed_form_bubble_s("zbv", 4, 8, 2, 1.0, 1.0, 1.2) is None
+    assert closed_form_bubble_s("zbv", 4, 8, 2, 1.1, 1.0, 1.0) is None
+    assert closed_form_bubble_s("zbv", 4, 7, 2, 1.0, 1.0, 1.0) is None
+    assert closed_form_bubble_s("dualpipev", 4, 8, 2, 1.0, 1.0, 1.2) is None
     assert closed_form_bubble_s("1f1b", 4, 6, 2, 1.0, 1.0, 1.0) is None
 
 

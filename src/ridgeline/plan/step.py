@@ -155,12 +155,21 @@ def _reduction(
 
 
 def _fill(layouts: Layouts, blocks: Block, forward: Array, backward: Array) -> Array:
-    """The share of 1F1B's fill that the schedule leaves (arXiv:2401.10241, table 1)."""
-    postponed = np.minimum(blocks.weight_gradient, backward) / (forward + backward)
-    code = layouts.schedule
-    half = (code == SCHEDULES.index("zbh1")) | (code == SCHEDULES.index("izb"))
-    none = (code == SCHEDULES.index("zbv")) | (code == SCHEDULES.index("dualpipev"))
-    one_third = 1 - 2 * postponed
-    return np.where(
-        half, np.maximum(one_third, 0), np.where(none, np.maximum(1 - 3 * postponed, 0), 1.0)
-    )
+    """The share of 1F1B's fill that the schedule leaves: `timeline.closed_form_bubble_s`.
+
+    ZBV and DualPipeV leave some too. Their papers count none, since there each rank steps its
+    optimizer when it is done; clipping the gradient by its global norm waits for all ranks.
+    """
+    weights = np.minimum(blocks.weight_gradient, backward)
+    inputs = backward - weights
+    left = {
+        "zbh1": forward + inputs - weights,
+        "izb": forward + inputs - weights,
+        "zbv": np.maximum(np.maximum(inputs, weights), 2 * (inputs - weights)),
+        "dualpipev": np.maximum(forward + inputs, 2 * inputs) - weights,
+    }
+    share = np.ones_like(forward + layouts.schedule)
+    for name, seconds in left.items():
+        here = layouts.schedule == SCHEDULES.index(name)
+        share = np.where(here, np.maximum(seconds, 0) / (forward + backward), share)
+    return share
