@@ -221,12 +221,9 @@ def closed_form_bubble_s(
         if name == "zbv":
             slow_weights = backward_input_s + (behind - 1) * backward_weight_s
             return max(behind * backward_input_s, 2 * behind * split, slow_weights)
-        most = behind * (forward_s + split)
-        return (
-            max(most, behind * split + behind * backward_input_s - forward_s)
-            if split >= 0
-            else None
-        )
+        if split < 0:
+            return None
+        return behind * split + max(behind * forward_s, behind * backward_input_s - forward_s)
     if per_rank > 1 and micro_batches % pipeline:
         return None
     if name in ("gpipe", "1f1b"):
