@@ -51,7 +51,12 @@ def frontier() -> Iterator[Line]:
         f"{3072 / FRONTIER_CARDS:.2%}",
         "of 37,888 cards of two GCDs; but each of the 3,072 was one GCD",
     )
-    yield Line("3,072 of its GCDs", "4% (article 2)", f"{3072 / FRONTIER_GCDS:.2%}", "of 75,264")
+    yield Line(
+        "3,072 of its GCDs",
+        "4% (article 2)",
+        f"{3072 / FRONTIER_GCDS:.2%}",
+        "of 75,264 in 9,408 nodes",
+    )
     yield Line(
         "1,024 of its cards",
         "about 2.5%",
@@ -63,7 +68,7 @@ def frontier() -> Iterator[Line]:
             f"{name}: {tflops} TFLOP/s",
             f"{share}% of peak",
             f"{100 * tflops / GCD_PEAK:.2f}%",
-            f"of one GCD's {GCD_PEAK}; if recomputation is counted, as that code does, the MFU is "
+            f"of one GCD's {GCD_PEAK}; if recomputation is counted, as that code's counter does, the MFU is "
             f"{75 * tflops / GCD_PEAK:.1f}%",
         )
     yield Line(
@@ -244,7 +249,7 @@ def llama_what_holds() -> Iterator[Line]:
         f"{training_s(3.8e25, 16_000, peak) / (54 * DAY):.1%}",
         "so 54 days is not the training: it is the snapshot in which faults were counted",
     )
-    energy = 22.4e6 * 30.84e6 / 16_000 * HOUR
+    energy = 1400 * 30.84e6 * HOUR
     yield Line(
         "energy by the card's hours",
         "29.03 GWh",
