@@ -68,8 +68,8 @@ def frontier() -> Iterator[Line]:
             f"{name}: {tflops} TFLOP/s",
             f"{share}% of peak",
             f"{100 * tflops / GCD_PEAK:.2f}%",
-            f"of one GCD's {GCD_PEAK}; if recomputation is counted, as that code's counter does, the "
-            f"MFU is {75 * tflops / GCD_PEAK:.1f}%",
+            f"of one GCD's {GCD_PEAK}; if recomputation is counted, as that code's counter "
+            f"does, the MFU is {75 * tflops / GCD_PEAK:.1f}%",
         )
     yield Line(
         "memory of 1T parameters",
