@@ -72,7 +72,8 @@ class Plain:
         matrix = self.product(rows, queries, hidden) + self.product(rows, hidden, width)
         matrix += self.product(rows, gates * ffn, hidden) + self.product(rows, hidden, ffn)
         narrow = min(1.0, t["head_dim"] / 128) ** self.shared.narrow_heads
-        attention = 2 * rows * t["sequence"] * width / (r["attention"] * narrow)
+        short = 1 + r["edge"] * layout.context / t["sequence"]
+        attention = 2 * rows * t["sequence"] * width * short / (r["attention"] * narrow)
         smooth = rows * (20 * hidden / tensor + 4 * queries) + rows * ffn * 2 * (gates + 1)
         element = smooth * r["traffic"] / r["memory"]
         reduce = 2 * self.gather(rows * hidden * 2, tensor, 1)
@@ -92,7 +93,7 @@ class Plain:
         two = 2 * (matrix + element) + self.shared.attention_backward * attention
 
         def floor(device: float, launched: float) -> float:
-            return float((device**4 + launched**4) ** 0.25)
+            return float((device**3 + launched**3) ** (1 / 3))
 
         forward = floor(one + exchange + context, 0.28 * host)
         recomputed = floor(redo + (exchange + context) * full, 0.28 * host * full)
@@ -106,7 +107,9 @@ class Plain:
         width, hidden = t["vocab"] / self.layout.tensor, t["hidden"]
         each = 2 * rows * width * hidden * (1 + e / rows) * (1 + e / width) * (1 + e / hidden)
         loss = rows * width * 12 * self.rates["traffic"] / self.rates["memory"]
-        return 3 * each / self.rates["matrix_16"] + loss
+        busy = 3 * each / self.rates["matrix_16"] + loss
+        launched = self.shared.head_host * self.rates["host"]
+        return float((busy**3 + launched**3) ** (1 / 3))
 
     def parameters(self) -> float:
         """Of one layer on one rank."""

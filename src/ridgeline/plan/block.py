@@ -20,7 +20,7 @@ FORWARD_HOST, RECOMPUTE_HOST, BACKWARD_HOST = 0.28, 0.28, 0.44
 """Shares of the host's work per layer (assumed: counted in launched kernels)."""
 LOSS_BYTES = 12
 """Bytes per logit of a fused loss: 16-bit logits and gradient, a float32 copy (assumed)."""
-SMOOTH = 4.0
+SMOOTH = 3.0
 """Exponent of the power mean that joins device and host time (assumed)."""
 
 
@@ -81,12 +81,12 @@ def _attention(task: Task, rates: Rates, shared: Shared, keys: Layouts) -> tuple
     heads = task.heads / keys.tensor
     flops = 4 * rows * task.sequence * heads * task.head_dim
     narrow = np.minimum(1.0, task.head_dim / 128) ** shared.narrow_heads
-    fused = flops / 2 / (rates.attention * narrow)
+    # a ring's kernels see one part of the sequence at a time
+    short = 1 + rates.edge * keys.context / task.sequence
+    fused = flops / 2 * short / (rates.attention * narrow)
     edge = rates.edge
     plain = flops * (1 + edge / task.head_dim) * (1 + edge / task.sequence) / rates.matrix_16
-    # Megatron's fused softmax needs micro-batch · heads per rank to be a multiple of four
-    whole = np.where((keys.micro_batch * heads) % 4 == 0, 1.0, shared.softmax_fallback)
-    plain = plain + rows * task.sequence * heads * shared.score_bytes * whole / rates.memory
+    plain = plain + rows * task.sequence * heads * shared.score_bytes / rates.memory
     forward = np.where(task.flash > 0, fused, plain)
     return forward, np.where(task.flash > 0, shared.attention_backward, 2.0) * forward
 
@@ -153,7 +153,11 @@ def block(task: Task, rates: Rates, shared: Shared, keys: Layouts) -> Block:
 
     busy_forward = matrix + attention + element
     busy_backward = 2 * (matrix + element) + attention_backward
+    # Megatron's fused softmax needs micro-batch · heads per rank to be a multiple of four; the
+    # operations that stand in for it are launched one by one
+    split = (task.flash == 0) & ((keys.micro_batch * task.heads / tensor) % 4 != 0)
     host = rates.host * (1 + shared.host_growth * np.log2(tensor))
+    host = host * np.where(split, shared.softmax_fallback, 1.0)
     forward = _floor(busy_forward + tensor_pass + context + exchange, FORWARD_HOST * host)
     again = _floor(redo + redo_wait, np.where(full, RECOMPUTE_HOST * host, 0.0))
     wait_backward = tensor_pass + 2 * context + exchange
@@ -167,7 +171,7 @@ def block(task: Task, rates: Rates, shared: Shared, keys: Layouts) -> Block:
         context=(passes + 1) * context,
         expert=passes * exchange,
         weight_gradient=matrix,
-        head=_head(task, rates, keys, rows),
+        head=_floor(_head(task, rates, keys, rows), shared.head_host * rates.host),
     )
 
 

@@ -73,9 +73,11 @@ class Shared:
     narrow_heads: float
     """Exponent by which heads narrower than 128 slow fused attention."""
     score_bytes: float
-    """Memory traffic per attention score where it is not fused, forward."""
+    """Memory traffic per attention score where attention is not fused, forward."""
     softmax_fallback: float
-    """Factor on that where Megatron's fused softmax does not apply."""
+    """Factor on the host's work where Megatron's fused softmax does not apply."""
+    head_host: float
+    """Host's work on embedding, head and loss per micro-batch, in layers' worth."""
     host_growth: float
     """Growth of the host's work per doubling of tensor parallelism."""
     link_latency: float

@@ -216,11 +216,14 @@ def plan(
     ours = [layout] if layout else []
     if layout:
         check(layout, asked.shape, asked.sequence, asked.global_batch, asked.devices)
-    pool = _priced(asked, found.layouts, found.steps, found.memories)
+    rows = np.array(_different(found)[: top if rank == "time" else None], dtype=np.intp)
+    pool = _priced(
+        asked, found.layouts.take(rows), found.steps.take(rows), found.memories.take(rows)
+    )
     pool.sort(key=lambda each: _key(each, rank))
     return Plan(
         asked,
-        tuple(_different(pool, top)),
+        tuple(pool[:top]),
         price(asked, ours)[0] if ours else None,
         _best_trainable(asked),
         _flops(asked, "full") / asked.devices / NAIVE_SHARE / peak(asked.cluster, asked.precision),
@@ -357,20 +360,28 @@ def _best_trainable(asked: Question) -> Planned | None:
     return min(priced, key=lambda each: each.step_s, default=None)
 
 
-def _different(pool: list[Planned], top: int) -> list[Planned]:
-    """The first `top`, leaving out twins: alike but for the span of shards, or equal in all."""
+def _different(found: Found) -> list[int]:
+    """Rows in order of time, without twins: alike but for the span of shards, or equal in all."""
+    table = found.layouts
+    rounded = np.array([float(f"{seconds:.6g}") for seconds in found.steps.total])
+    order = np.lexsort((found.memories.total, rounded))
     seen: set[tuple[object, ...]] = set()
-    chosen: list[Planned] = []
-    for each in pool:
-        alike = tuple(each.layout.model_dump(exclude={"shard_group", "schedule"}).values())
-        by_schedule = (*alike, each.layout.schedule)
-        by_figures = (*alike, round(each.step_s, 6), round(each.memory_bytes))
+    rows: list[int] = []
+    for row in order:
+        alike = tuple(float(getattr(table, name)[row]) for name in ALIKE)
+        by_schedule = (*alike, "schedule", float(table.schedule[row]))
+        seconds, used = float(found.steps.total[row]), float(found.memories.total[row])
+        by_figures = (*alike, f"{seconds:.6g}", f"{used:.6g}")
         if by_schedule not in seen and by_figures not in seen:
-            chosen.append(each)
+            rows.append(int(row))
         seen |= {by_schedule, by_figures}
-        if len(chosen) == top:
-            break
-    return chosen
+    return rows
+
+
+ALIKE = (
+    "data", "context", "tensor", "pipeline", "expert", "micro_batch", "interleave", "zero",
+    "recompute",
+)  # fmt: skip
 
 
 def _key(each: Planned, rank: Objective) -> tuple[float, float, float]:
