@@ -303,7 +303,9 @@ def write_certainty(rows: list[Case], widths: dict[str, float], folder: Path) ->
         own = [row for row in rows if row.cluster.device.name == name]
         lines.append(f'[range."{name}"]')
         for size in RANGE:
-            most = max(r.devices if size == "devices" else r.numbers[size] for r in own)
+            # a pipeline of 16 is one on any device; a job of 10,000 needs its own network
+            those = own if size in ("devices", "sequence") else rows
+            most = max(r.devices if size == "devices" else r.numbers[size] for r in those)
             lines.append(f"{size} = {most:g}")
         kinds = sorted({"fp16" if r.precision == "bf16" else r.precision for r in own})
         lines += [f"precisions = [{', '.join(repr(k) for k in kinds)}]".replace("'", '"'), ""]

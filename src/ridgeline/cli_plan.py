@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 @click.option("--checkpoint", type=float, help="Seconds a checkpoint blocks.")
 @click.option("--restart", type=float, help="Seconds from a failure to training.")
 @click.option("--explain", is_flag=True, help="The best one's ledger, and why the next one lost.")
+@click.option("--sensitivity", is_flag=True, help="Which knob matters most, over all that fit.")
+@click.option("--scale", help="Numbers of devices to plan as well: 1024,2048,4096.")
+@click.option("--weak", is_flag=True, help="With --scale: the batch grows with the devices.")
 @click.option("--write", type=click.Path(path_type=Path), help="Write a run file to train.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, in SI units.")
 def plan(
@@ -49,6 +52,9 @@ def plan(
     checkpoint: float | None,
     restart: float | None,
     explain: bool,
+    sensitivity: bool,
+    scale: str | None,
+    weak: bool,
     write: Path | None,
     as_json: bool,
 ) -> None:
@@ -59,6 +65,7 @@ def plan(
       ridgeline plan llama3-405b --on 16384xH100 --tokens 15T --batch 16M --seq 8192
     """
     from ridgeline.plan import plan_text
+    from ridgeline.plan.amounts import count_of
     from ridgeline.plan.cost import Rates
     from ridgeline.plan.plan import plan as search
 
@@ -80,6 +87,14 @@ def plan(
     click.echo(plan_text.table(found))
     if explain:
         click.echo(plan_text.explain(found))
+    if sensitivity or scale:
+        from ridgeline.plan import explore
+
+        if sensitivity:
+            click.echo("\n" + explore.sensitivity_table(explore.sensitivity(asked)))
+        if scale:
+            sizes = [count_of(size, "devices") for size in scale.split(",")]
+            click.echo("\n" + explore.table(explore.scaling(asked, sizes, weak)))
     if write is not None:
         click.echo(f"wrote {write}")
 

@@ -64,7 +64,7 @@ def test_a_ledgers_causes_add_up_to_its_step() -> None:
     for each in small(top=20).layouts:
         seconds = each.ledger.seconds.model_dump()
         total = seconds.pop("total_s")
-        assert sum(value for value in seconds.values() if value) == pytest.approx(total, rel=0.02)
+        assert sum(value for value in seconds.values() if value) == pytest.approx(total, rel=1e-9)
 
 
 def test_a_price_is_paid_and_an_unknown_one_is_a_dash() -> None:

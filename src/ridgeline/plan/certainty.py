@@ -2,7 +2,7 @@
 
 `calibration/certainty.toml` is written by the fit in `bench/`: the 80% quantile of the error, in
 logarithms, on sources that the fit had not seen, by stack and width of the numbers; and per device
-the largest job, sequence, tensor and pipeline size that any fitted row had.
+the largest job and sequence that a fitted row had, and the largest tensor and pipeline size of any.
 """
 
 from __future__ import annotations

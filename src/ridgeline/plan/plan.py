@@ -205,12 +205,12 @@ def plan(
     Raises PlanError where nothing divides the run or nothing fits, with the nearest that would;
     LayoutError for a `layout` that does not divide it; ModelError for a shape it cannot price.
     """
-    task, rates = _physics(asked)
+    task, rates = physics(asked)
     known = calibration()
     everything = space(asked.shape, asked.sequence, asked.global_batch, asked.devices)
     if everything.valid == 0:
         raise _indivisible(asked)
-    found = search(task, rates, known.shared, everything, _capacity(asked))
+    found = search(task, rates, known.shared, everything, capacity(asked))
     if found.layouts.count == 0:
         raise _too_small(asked, found)
     ours = [layout] if layout else []
@@ -236,7 +236,7 @@ def plan(
 
 def price(asked: Question, layouts: list[Layout]) -> list[Planned]:
     """Given layouts priced, whether they fit or not. They are not checked against the run."""
-    task, rates = _physics(asked)
+    task, rates = physics(asked)
     shared = calibration().shared
     table = Layouts.of(layouts)
     blocks = block(task, rates, shared, table)
@@ -244,7 +244,8 @@ def price(asked: Question, layouts: list[Layout]) -> list[Planned]:
     return _priced(asked, table, steps, memory(task, rates, table))
 
 
-def _physics(asked: Question) -> tuple[Task, Rates]:
+def physics(asked: Question) -> tuple[Task, Rates]:
+    """What the layouts of a question are priced with. Raises ModelError, MachineError."""
     if asked.shape.latent_attention:
         raise ModelError(
             f"planning {asked.shape.name}",
@@ -257,7 +258,8 @@ def _physics(asked: Question) -> tuple[Task, Rates]:
     return task, Rates(**scalars)  # type: ignore[arg-type]
 
 
-def _capacity(asked: Question) -> float:
+def capacity(asked: Question) -> float:
+    """Bytes of one device; infinite where the catalogue does not know."""
     return (asked.cluster.device.memory_bytes or math.inf) * USABLE
 
 
@@ -294,8 +296,8 @@ def _priced(asked: Question, table: Layouts, steps: Step, memories: Memory) -> l
                 hfu=mfu * (1 + again / 3 * (1 - head / causal)),
                 tokens_per_s=asked.sequence * asked.global_batch / seconds,
                 memory_bytes=float(memories.total[row]),
-                capacity_bytes=_capacity(asked),
-                fits=bool(memories.total[row] <= _capacity(asked)),
+                capacity_bytes=capacity(asked),
+                fits=bool(memories.total[row] <= capacity(asked)),
                 train_s=None if total is None else total.wall_s or total.train_s,
                 money=total.rent if total else None,
                 currency=total.currency if total and total.rent is not None else None,
@@ -334,8 +336,9 @@ def _totals(asked: Question, steps: Step, row: int, mfu: float) -> Cost | None:
 
 def _ledger(asked: Question, steps: Step, memories: Memory, row: int, flops: float) -> Ledger:
     """The predicted ledger of one layout: memory of the fullest device, seconds by cause."""
-    seconds = {f"{name}_s": float(getattr(steps, name)[row]) for name in CAUSES}
-    seconds["host_s"] = max(0.0, seconds["host_s"]) + float(steps.jitter[row])
+    # differences of nearly equal times may come out a rounding below zero
+    seconds = {f"{name}_s": max(0.0, float(getattr(steps, name)[row])) for name in CAUSES}
+    seconds["host_s"] += float(steps.jitter[row])
     names = ("weights", "gradients", "optimizer", "activations", "temporary", "framework", "total")
     parts = {f"{name}_bytes": float(getattr(memories, name)[row]) for name in names}
     return Ledger(
@@ -450,7 +453,7 @@ def _too_small(asked: Question, found: Found) -> PlanError:
     names = ("weights", "gradients", "optimizer", "activations", "temporary", "framework")
     parts = {name: float(getattr(table, name)[0]) for name in names}
     biggest = max(parts, key=lambda name: parts[name])
-    need, have = float(table.total[0]), _capacity(asked)
+    need, have = float(table.total[0]), capacity(asked)
     gib = 2.0**30
     return PlanError(
         f"{asked.shape.name} on {asked.devices} {asked.cluster.device.name}",
@@ -466,11 +469,11 @@ def _what_fits(asked: Question) -> str:
     shared = calibration().shared
     for factor in (2**k for k in range(1, 11)):
         larger = replace(asked, devices=asked.devices * factor)
-        task, rates = _physics(larger)
+        task, rates = physics(larger)
         tried = space(asked.shape, asked.sequence, asked.global_batch, larger.devices)
         if tried.valid == 0:
             continue
-        found = search(task, rates, shared, tried, _capacity(larger))
+        found = search(task, rates, shared, tried, capacity(larger))
         if found.layouts.count:
             best = found.layouts.layout(0, asked.precision)
             return f"{larger.devices} devices ('{best}'), shorter sequences, or larger devices"
