@@ -327,7 +327,8 @@ def main() -> None:
     asked = parser.parse_args()
     start = constants_from({n: (START / f"{n}.toml").read_text() for n in FILES})
     read = read_cases(asked.cases, start)
-    rows = [row for row in read.rows if row.step_s]
+    # a run that two files tell of counts once
+    rows = list({row.id: row for row in read.rows if row.step_s}.values())
     print(f"{len(rows)} rows with a step time, {len(read.skipped)} skipped")
     fitted = fit(rows, start, asked.rounds)
     report("in the fit", rows, predict(rows, fitted).total)

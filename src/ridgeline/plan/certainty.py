@@ -18,8 +18,9 @@ import numpy as np
 from ridgeline.plan.constants import NARROW
 from ridgeline.plan.quantities import Array
 
-EXTRAPOLATED = 2.0
-"""How much wider the interval is outside the calibrated range (assumed)."""
+BEYOND, UNKNOWN = 2.0, 4.0
+"""How much wider the interval is outside a device's calibrated range, and for a device or precision
+without a published run (assumed: such predictions were off by -45% to +98% when tried)."""
 RANGE = ("devices", "sequence", "tensor", "pipeline")
 
 
@@ -36,23 +37,22 @@ class Certainty:
         name = f"{stack} {'narrow' if precision in NARROW else 'wide'}"
         return name if name in self.half_width else "all"
 
-    def outside(self, device: str, precision: str, sizes: Mapping[str, Array | float]) -> Array:
-        """1 where a case lies outside the calibrated range, element by element of `sizes`."""
+    def stretch(self, device: str, precision: str, sizes: Mapping[str, Array]) -> Array:
+        """What the interval is multiplied by, element by element of `sizes`; 1 within the range."""
         known = self.ranges.get(device)
         alike = "fp16" if precision in ("bf16", "fp16") else precision
         if known is None or alike not in self.precisions[device]:
             shape = np.broadcast(*[np.asarray(v) for v in sizes.values()]).shape
-            return np.ones(shape)
+            return np.full(shape, UNKNOWN)
         beyond = [np.asarray(sizes[name]) > known[name] for name in RANGE]
-        far: Array = np.logical_or.reduce(np.broadcast_arrays(*beyond)).astype(np.float64)
-        return far
+        return np.where(np.logical_or.reduce(np.broadcast_arrays(*beyond)), BEYOND, 1.0)
 
     def interval(
-        self, seconds: Array, stack: str, precision: str, outside: Array
+        self, seconds: Array, stack: str, precision: str, stretch: Array
     ) -> tuple[Array, Array]:
         """Seconds between which four in five such cases would lie."""
         half = self.half_width[self.class_of(stack, precision)]
-        factor = np.exp(half * np.where(outside > 0, EXTRAPOLATED, 1.0))
+        factor = np.exp(half * stretch)
         return seconds / factor, seconds * factor
 
 

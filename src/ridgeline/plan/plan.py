@@ -272,8 +272,8 @@ def _priced(asked: Question, table: Layouts, steps: Step, memories: Memory) -> l
         "tensor": table.tensor,
         "pipeline": table.pipeline,
     }
-    outside = sure.outside(device, asked.precision, sizes)
-    low, high = sure.interval(steps.total, asked.stack, asked.precision, outside)
+    stretch = sure.stretch(device, asked.precision, sizes)
+    low, high = sure.interval(steps.total, asked.stack, asked.precision, stretch)
     at_peak = peak(asked.cluster, asked.precision) * asked.devices
     causal, full = _flops(asked, "causal"), _flops(asked, "full")
     head = 6 * asked.shape.hidden * asked.shape.vocab * asked.sequence * asked.global_batch
@@ -303,7 +303,7 @@ def _priced(asked: Question, table: Layouts, steps: Step, memories: Memory) -> l
                 currency=total.currency if total and total.rent is not None else None,
                 energy_j=total.energy_j if total else None,
                 bound_by=busiest,
-                extrapolated=bool(outside[row]),
+                extrapolated=bool(stretch[row] > 1),
                 trainable=is_trainable(layout),
                 ledger=ledger,
             )

@@ -77,11 +77,10 @@ def _outcomes(rows: list[Case], known: Constants, sure: Certainty) -> list[Outco
     used = table.total - table.framework
     found = []
     for row, predicted, in_use in zip(rows, seconds, used, strict=True):
-        sizes = {name: np.float64(row.numbers[name]) for name in ("sequence", "tensor", "pipeline")}
-        outside = sure.outside(
-            row.cluster.device.name, row.precision, {"devices": np.float64(row.devices), **sizes}
-        )
-        low, high = sure.interval(predicted, row.stack, row.precision, outside)
+        sizes = {name: np.array(row.numbers[name]) for name in ("sequence", "tensor", "pipeline")}
+        sizes["devices"] = np.array(float(row.devices))
+        stretch = sure.stretch(row.cluster.device.name, row.precision, sizes)
+        low, high = sure.interval(predicted, row.stack, row.precision, stretch)
         found.append(
             Outcome(
                 case=row,
@@ -91,7 +90,7 @@ def _outcomes(rows: list[Case], known: Constants, sure: Certainty) -> list[Outco
                 baseline_s=model_flops(row) / row.devices / NAIVE_SHARE
                 / peak(row.cluster, row.precision),
                 memory_bytes=float(in_use),
-                extrapolated=bool(outside),
+                extrapolated=bool(stretch > 1),
             )
         )  # fmt: skip
     return found
