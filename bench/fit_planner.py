@@ -31,6 +31,7 @@ START = Path(__file__).parent / "planner_start"
 Key = tuple[str, str, str]
 KIN = {
     "A100-SXM-40GB": "A100-SXM-80GB",
+    "A100-SXM-64GB": "A100-SXM-80GB",
     "H100-SXM-96GB-HBM2e": "H100-SXM-80GB",
     "H800-SXM-80GB": "H100-SXM-80GB",
     "H200-SXM-141GB": "H100-SXM-80GB",

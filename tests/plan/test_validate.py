@@ -130,3 +130,40 @@ def test_few_constants_are_fitted() -> None:
         assert len(names) <= (4 if label.startswith("stack") else 10), label
     assert len(names_of(DeviceConstants)) <= 10
     assert {label.split()[0] for label in calibration().fitted} == {"device", "stack", "shared"}
+
+
+@pytest.mark.parametrize(
+    ("words", "zero", "group"),
+    [
+        ("0", 0, 2), ("zero1", 1, 2), ("ZeRO-3 (DeepSpeed)", 3, 2), ("zero3/1", 3, 1),
+        ("3 (FSDP FULL_SHARD)", 3, 2), ("FSDP2 full shard", 3, 2), ("", 0, 2),
+    ],
+)  # fmt: skip
+def test_shards_are_read_in_many_words(
+    tmp_path: Path, words: str, zero: float, group: float
+) -> None:
+    changes = {"shard": words, "stack": "megatron-deepspeed"}
+    numbers = read_cases([csv_of(tmp_path, **changes)], calibration()).rows[0].numbers
+    assert (numbers["zero"], numbers["shard_group"]) == (zero, group)
+
+
+def test_dense_rows_and_mixtures_stand_side_by_side(tmp_path: Path) -> None:
+    """A dense row's cost does not depend on its neighbours, a mixture's counts its experts."""
+    dense = csv_of(tmp_path)
+    alone = validate([dense]).outcomes[0].predicted_s
+    head, row = dense.read_text(encoding="utf-8").splitlines()
+    mixed = row.replace("lumi_175b_128", "mixture") + ",8,2,57344,1"
+    dense.write_text(
+        f"{head},experts,top_k,expert_ffn,expert\n{row},,,,\n{mixed}\n", encoding="utf-8"
+    )
+    together = validate([dense]).outcomes
+    assert together[0].predicted_s == pytest.approx(alone, rel=1e-12)
+    assert together[1].predicted_s > 1.4 * alone
+
+
+def test_a_schedule_may_be_called_by_its_other_names(tmp_path: Path) -> None:
+    path = csv_of(tmp_path)
+    head, row = path.read_text(encoding="utf-8").splitlines()
+    for name, code in (("Interleaved1F1B", 0), ("GPipe", 1), ("ZBVZeroBubble", 4)):
+        path.write_text(f"{head},schedule\n{row},{name}\n", encoding="utf-8")
+        assert read_cases([path], calibration()).rows[0].numbers["schedule"] == code

@@ -80,7 +80,7 @@ def cluster(name: str) -> Cluster:
 
 def full_device_name(name: str) -> str:
     """`H100` → `H100-SXM-80GB`. Raises MachineError for an unknown or ambiguous name."""
-    name = re.sub(r"\s*\(per GPU\)$", "", name)
+    name = re.sub(r"\s*\((per GPU|Trillium)\)$", "", name)
     known = devices()
     if name in known or name == "MI250X":
         return device(name).name

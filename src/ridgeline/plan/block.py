@@ -104,9 +104,10 @@ def _mlp(task: Task, rates: Rates, keys: Layouts, rows: Array) -> tuple[Array, A
     # tokens of one rank visit top_k experts, spread over expert-parallel ranks; shared ones all
     visits = task.top_k + task.shared_experts
     each = np.maximum(rows * task.top_k * keys.expert / np.maximum(task.experts, 1), 1.0)
-    copies = rows * visits / each
-    up, up_cast = _product(task, rates, each, gates * task.expert_ffn, task.hidden)
-    down, down_cast = _product(task, rates, each, task.hidden, np.maximum(task.expert_ffn, 1))
+    copies = rows * np.maximum(visits, 1.0) / each
+    inner = np.maximum(task.expert_ffn, 1.0)  # dense rows beside others have none; share is 0
+    up, up_cast = _product(task, rates, each, gates * inner, task.hidden)
+    down, down_cast = _product(task, rates, each, task.hidden, inner)
     share = np.where(task.experts > 0, 1 - task.dense_layers / task.layers, 0.0)
     exchange = 2 * gather_seconds(
         rates, rows / keys.tensor * task.top_k * task.hidden * 2, keys.expert, keys.tensor

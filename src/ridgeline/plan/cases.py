@@ -2,9 +2,10 @@
 
 The assumptions, each from the other columns and never from `source`:
 
-- stack: `FSDP2` or `zero` words in `shard` → fsdp2, other FSDP words with a number of the stage →
-  fsdp1, a distributed optimizer or a bare `FSDP n` → megatron-core; else fused attention on a
-  device of 2022 or later → megatron-core, else megatron-deepspeed.
+- stack: `FSDP2` in `shard` → fsdp2; a TPU → megatron-core (compiled as a whole, the nearest that is
+  calibrated); other FSDP words with the stage → fsdp1; a distributed optimizer or a bare `FSDP n` →
+  megatron-core; else fused attention on a device of 2022 or later, or with sequence parallelism →
+  megatron-core, else megatron-deepspeed.
 - ffn 4·hidden; vocab 51,200; kv_heads = heads; not gated where ffn = 4·hidden, else gated; tied
   where not gated and the vocabulary is below 100,000.
 - micro-batch: the global batch over data·pipeline where there is a pipeline, else 1.
@@ -30,7 +31,7 @@ import numpy as np
 from ridgeline.errors import MachineError, RidgelineError, SourceError
 from ridgeline.machine.cluster import Cluster, cluster
 from ridgeline.plan.block import block
-from ridgeline.plan.constants import Constants, one, rates_of
+from ridgeline.plan.constants import Constants, one, peak, rates_of
 from ridgeline.plan.memory import Memory, memory
 from ridgeline.plan.quantities import RECOMPUTES, SCHEDULES, Array, Layouts, Rates, Task
 from ridgeline.plan.step import Step, step
@@ -40,8 +41,13 @@ SINGLE_NODE = (
     "devices", "global_batch", "micro_batch", "hidden", "heads", "layers", "seq_len",
     "tensor", "data", "pipeline", "step_ms",
 )  # fmt: skip
-PRECISIONS = ("bf16", "fp16", "fp8", "mxfp8", "nvfp4")
-OLD_DEVICES = ("V100", "A100", "MI250X", "A64FX")
+PRECISIONS = ("fp32", "bf16", "fp16", "fp8", "mxfp8", "nvfp4")
+OLD_DEVICES = ("V100", "A100", "MI250X", "A64FX", "TPU v3")
+SCHEDULE_NAMES = {
+    "interleaved1f1b": "1f1b", "interleaved": "1f1b", "zb-h1": "zbh1", "zbh1": "zbh1",
+    "interleavedzerobubble": "izb", "zbvzerobubble": "zbv", "zb-v": "zbv",
+}  # fmt: skip
+"""What others call the schedules."""
 
 
 @dataclass(frozen=True)
@@ -142,10 +148,13 @@ def case_of(row: dict[str, str], known: Constants) -> Case:
             f"stack {stack}", f"no stack is called {stack!r}", ", ".join(known.stacks)
         )
     layout = _layout(row, shape, stack, assumed)
-    precision = row.get("precision", "").lower()
+    precision = row.get("precision", "").strip().lower().removeprefix("amp_")
+    if precision in ("", "-"):
+        precision = "bf16" if "bf16" in machine.device.peak_flops else "fp16"
+        assumed.append(f"precision {precision}")
     if precision not in PRECISIONS:
-        precision = "bf16"
-        assumed.append("precision bf16")
+        raise _NotExpressible(f"precision {precision!r} is none of {', '.join(PRECISIONS)}")
+    peak(machine, precision)
     sequence_parallel = _flag(row.get("sequence_parallel", ""))
     if sequence_parallel is None:
         sequence_parallel = stack not in ("megatron-deepspeed",)
@@ -153,15 +162,15 @@ def case_of(row: dict[str, str], known: Constants) -> Case:
             assumed.append(f"sequence_parallel {'y' if sequence_parallel else 'n'}")
     stated = _flag(row.get("compile", ""))
     compiled = bool(re.search(r"compile", notes)) if stated is None else stated
-    old = stack == "megatron-deepspeed"
+    old, wide = stack == "megatron-deepspeed", precision == "fp32"
     kept = {
         "flash": float(flash),
         "sequence_parallel": float(sequence_parallel),
         "dropout": float(old),
-        "master_bytes": 12.0,
-        "weight_bytes": 2.0,
-        "gradient_bytes": 2.0 if old or "PURE" in notes else 4.0,
-        "reduce_bytes": 2.0 if old or stack == "fsdp1" else 4.0 if stack == "fsdp2" else 2.0,
+        "master_bytes": 8.0 if wide else 12.0,
+        "weight_bytes": 4.0 if wide else 2.0,
+        "gradient_bytes": 2.0 if (old and not wide) or "PURE" in notes else 4.0,
+        "reduce_bytes": 4.0 if wide or stack == "fsdp2" else 2.0,
         "logit_bytes": 14.0 if "fsdp" in stack else 10.0,
     }
     return Case(
@@ -223,12 +232,15 @@ def _stack(row: dict[str, str], machine: Cluster, flash: bool, assumed: list[str
     words = row.get("shard", "")
     if re.search(r"FSDP2|FSDP1 \(sharded|FSDP4 \(", words):
         stack = "fsdp2"
-    elif re.search(r"\bFSDP \d|distributed optimizer|FSDP \(optimizer", words):
+    elif machine.device.name.startswith("TPU") or re.search(
+        r"\bFSDP \d|distributed optimizer|FSDP \(optimizer", words
+    ):
         stack = "megatron-core"
     elif "FSDP" in words:
         stack = "fsdp1"
     else:
         recent = not machine.device.name.startswith(OLD_DEVICES)
+        recent = recent or _flag(row.get("sequence_parallel", "")) is True
         stack = "megatron-core" if flash and recent else "megatron-deepspeed"
     assumed.append(f"stack {stack}")
     return stack
@@ -258,12 +270,14 @@ def _layout(
             f"dp·mb = {data:g}·{micro_batch:g} is more than the global batch "
             f"{shape['global_batch']:g}"
         )
-    recompute = row.get("recompute", "") or "none"
-    if not row.get("recompute"):
+    recompute = row.get("recompute", "").strip().lower()
+    if recompute in ("", "-"):
+        recompute = "none"
         assumed.append("recompute none")
     if recompute not in RECOMPUTES:
         raise _NotExpressible(f"recompute {recompute!r} is none of {', '.join(RECOMPUTES)}")
-    schedule = (row.get("schedule", "") or "1f1b").lower()
+    schedule = row.get("schedule", "").strip().lower() or "1f1b"
+    schedule = SCHEDULE_NAMES.get(schedule, schedule)
     if schedule not in SCHEDULES:
         raise _NotExpressible(f"schedule {schedule!r} is none of {', '.join(SCHEDULES)}")
     zero, group = _shards(row.get("shard", ""), data, context)
@@ -308,7 +322,7 @@ def _interleave(
 
 def _shards(words: str, data: float, context: float) -> tuple[float, float]:
     """The ZeRO stage and the shard group that the words mean."""
-    match = re.match(r"(?:ZeRO-|zero)?([0-3])\b", words.strip())
+    match = re.match(r"(?:zero-?)?([0-3])(?:/(\d+))?\b", words.strip(), re.IGNORECASE)
     if match:
         stage = float(match[1])
     elif "optimizer+grad sharded" in words:
@@ -319,6 +333,8 @@ def _shards(words: str, data: float, context: float) -> tuple[float, float]:
     sized = re.match(r"FSDP2? (\d+)$", words.strip())
     # a group as large as the data axis is the whole of it, context ranks included
     group = float(sized[1]) if sized and float(sized[1]) != data else replicas
+    if match and match[2]:
+        group = float(match[2])
     return stage, group if replicas % group == 0 else replicas
 
 

@@ -75,9 +75,9 @@ def step(task: Task, rates: Rates, shared: Shared, layouts: Layouts, blocks: Blo
     owned = most * common + alone * embedding
     reduction = _reduction(task, rates, layouts, owned, replicas, stride)
     if np.any(task.experts):
-        reduction = reduction + _reduction(
-            task, rates, layouts, most * routed, replicas / layouts.expert, stride * layouts.expert
-        )
+        held = replicas / layouts.expert
+        apart = _reduction(task, rates, layouts, most * routed, held, stride * layouts.expert)
+        reduction = reduction + np.where(task.experts > 0, apart, 0.0)
     window = np.where(chunks > 1, np.minimum(pipeline, micro_batches), 1.0) * most * backward
     data = np.maximum(reduction - window, 0) + rates.exposed * np.minimum(reduction, window)
     shards = np.where(layouts.zero > 0, layouts.shard_group, 1.0)
