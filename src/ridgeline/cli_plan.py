@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 @click.option("--sensitivity", is_flag=True, help="Which knob matters most, over all that fit.")
 @click.option("--scale", help="Numbers of devices to plan as well: 1024,2048,4096.")
 @click.option("--weak", is_flag=True, help="With --scale: the batch grows with the devices.")
+@click.option("--picture", type=click.Path(path_type=Path), help="SVG of the best's pipeline.")
+@click.option("--trace", type=click.Path(path_type=Path), help="Its step for ui.perfetto.dev.")
 @click.option("--write", type=click.Path(path_type=Path), help="Write a run file to train.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, in SI units.")
 def plan(
@@ -55,6 +57,8 @@ def plan(
     sensitivity: bool,
     scale: str | None,
     weak: bool,
+    picture: Path | None,
+    trace: Path | None,
     write: Path | None,
     as_json: bool,
 ) -> None:
@@ -87,9 +91,12 @@ def plan(
     click.echo(plan_text.table(found))
     if explain:
         click.echo(plan_text.explain(found))
-    if sensitivity or scale:
+    if sensitivity or scale or picture or trace:
         from ridgeline.plan import explore
 
+        if picture or trace:
+            best = found.layouts[0].layout
+            click.echo("\n" + explore.draw_step(asked, best, picture, trace))
         if sensitivity:
             click.echo("\n" + explore.sensitivity_table(explore.sensitivity(asked)))
         if scale:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ridgeline.cli import verbs
+from ridgeline.layout.layout import Layout
 from ridgeline.model.catalogue import entry
-from ridgeline.plan.explore import KNOBS, pareto, scaling, sensitivity, shapley
-from ridgeline.plan.plan import Question, question
+from ridgeline.plan.explore import KNOBS, draw_step, pareto, scaling, sensitivity, shapley
+from ridgeline.plan.plan import Question, price, question
 
 
 def small() -> Question:
@@ -76,3 +79,22 @@ def test_the_command_prints_both() -> None:
     assert result.exit_code == 0, result.exception
     assert "what makes layouts slow" in result.output
     assert "efficiency" in result.output
+
+
+def test_the_step_is_drawn_with_its_own_seconds(tmp_path: Path) -> None:
+    asked = question(entry("llama2-7b").shape, "16xA100", batch_tokens=2**20, sequence=4096)
+    layout = Layout.model_validate("dp2 pp8 zero1 bf16")
+    svg, trace = tmp_path / "step.svg", tmp_path / "step.json"
+    words = draw_step(asked, layout, svg, trace)
+    assert svg.read_text(encoding="utf-8").startswith("<svg")
+    assert json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    assert "8 ranks, 128 micro-batches" in words
+    # the replay has no head, gathers or optimizer, so it is a little faster than the closed form
+    drawn = replay_seconds(json.loads(trace.read_text(encoding="utf-8")))
+    assert drawn == pytest.approx(price(asked, [layout])[0].step_s, rel=0.2)
+
+
+def replay_seconds(trace: dict[str, list[dict[str, float]]]) -> float:
+    """When the last action of a trace ends."""
+    spans = [each for each in trace["traceEvents"] if "dur" in each]
+    return max(each["ts"] + each["dur"] for each in spans) / 1e6

@@ -180,3 +180,10 @@ def test_405b_on_16384_h100_is_answered_without_torch() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "870,300 divide the run" in done.stdout
+
+
+def test_the_verb_is_a_function_too() -> None:
+    import ridgeline
+
+    found = ridgeline.plan(read_run(EXAMPLES[0]), on="8xA100", top=2)
+    assert len(found.layouts) == 2

@@ -15,6 +15,7 @@ The assumptions, each from the other columns and never from `source`:
   torchtitan's stages keep their parameters gathered and reduce once.
 - sequence parallel: as on megatron-core and fsdp2, no elsewhere. Flash attention: on devices of
   2022 or later.
+- fp8 whose notes say "rowwise" runs its products at the 16-bit rate, as published tables have it.
 - compiled, asynchronous tensor parallelism: where the notes say so; megatron-core is fused.
 """
 
@@ -61,6 +62,8 @@ class Case:
     cluster: Cluster
     devices: int
     precision: str
+    rate: str
+    """The precision whose rate the matrix products reach."""
     stack: str
     compiled: bool
     overlap_tensor: bool
@@ -181,6 +184,7 @@ def case_of(row: dict[str, str], known: Constants) -> Case:
         cluster=machine,
         devices=_whole(row, "devices"),
         precision=precision,
+        rate="bf16" if precision == "fp8" and "rowwise" in notes else precision,
         stack=stack,
         compiled=compiled and stack == "fsdp2",
         overlap_tensor=bool(re.search(r"async_tp=y|AsyncTP", notes)),
@@ -351,8 +355,7 @@ def task_and_layouts(rows: list[Case]) -> tuple[Task, Layouts]:
 def rates_of_cases(rows: list[Case], known: Constants) -> Rates:
     """The effective rates of every row."""
     kinds = [
-        (row.cluster.name, row.stack, row.precision, row.compiled, row.overlap_tensor)
-        for row in rows
+        (row.cluster.name, row.stack, row.rate, row.compiled, row.overlap_tensor) for row in rows
     ]
     unique = sorted(set(kinds))
     machines = {row.cluster.name: row.cluster for row in rows}

@@ -12,17 +12,21 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ridgeline.errors import RidgelineError
+from ridgeline.layout.layout import Layout
+from ridgeline.plan.block import block, group_rate
 from ridgeline.plan.constants import calibration
 from ridgeline.plan.memory import memory
 from ridgeline.plan.plan import Planned, Question, capacity, physics, plan
 from ridgeline.plan.quantities import Array, Layouts
 from ridgeline.plan.search import Pricer
 from ridgeline.plan.space import space
+from ridgeline.plan.timeline_picture import draw
 
 KNOBS = (
     "micro_batch", "tensor", "pipeline", "context", "interleave", "schedule", "zero", "recompute",
@@ -108,6 +112,41 @@ def _codes(parts: list[Array]) -> NDArray[np.intp]:
     if not parts:
         return np.zeros(0, dtype=np.intp)
     return np.asarray(np.unique(np.concatenate(parts), return_inverse=True)[1], dtype=np.intp)
+
+
+def draw_step(
+    asked: Question, layout: Layout, svg: Path | None = None, trace: Path | None = None
+) -> str:
+    """Replay the pipeline of a layout with its own seconds; write a picture and a Perfetto trace.
+
+    The picture shows at most three micro-batches per rank, the trace and the words the whole step.
+    """
+    task, rates = physics(asked)
+    table = Layouts.of([layout])
+    each = block(task, rates, calibration().shared, table)
+    layers = asked.shape.layers / layout.pipeline
+    weights = float(np.minimum(each.weight_gradient, each.backward)[0])
+    micro_batches = asked.global_batch // (layout.data * layout.micro_batch)
+    rate, latency = group_rate(rates, np.array([2.0]), table.tensor * table.data * table.context)
+    rows = layout.micro_batch * asked.sequence / layout.context
+    message = 2 * rows * asked.shape.hidden / layout.tensor
+    sent_s = float(latency[0]) + message / float(rate[0])
+
+    def drawn(count: int, picture: Path | None, events: Path | None) -> str:
+        return draw(
+            str(layout),
+            count,
+            forward_s=layers * float(each.forward[0]),
+            backward_input_s=layers * (float(each.backward[0]) - weights),
+            backward_weight_s=layers * weights,
+            send_s=sent_s,
+            svg=picture,
+            trace=events,
+        )
+
+    if svg is not None:
+        drawn(min(micro_batches, 3 * layout.pipeline), svg, None)
+    return drawn(micro_batches, None, trace)
 
 
 @dataclass(frozen=True)

@@ -234,6 +234,12 @@ def plan(
     )
 
 
+def plan_run(run: Run, on: str | None = None, *, top: int = 5, rank: Objective = "time") -> Plan:
+    """Plan a run file's model, batch and budget, its own layout beside the best if it names one."""
+    own = run.layout if isinstance(run.layout, Layout) else None
+    return plan(question_of_run(run, on), top=top, rank=rank, layout=own)
+
+
 def price(asked: Question, layouts: list[Layout]) -> list[Planned]:
     """Given layouts priced, whether they fit or not. They are not checked against the run."""
     task, rates = physics(asked)
