@@ -13,7 +13,7 @@ from ridgeline.layout.layout import Layout
 from ridgeline.machine.cluster import parse_devices
 from ridgeline.model.catalogue import entry
 from ridgeline.plan.constants import calibration, rates_of
-from ridgeline.plan.memory import in_flight, layer_activations, memory
+from ridgeline.plan.memory import in_flight, layer_activations, memory, stage_memory
 from ridgeline.plan.quantities import Layouts, Rates, Task, task_of
 from ridgeline.plan.step import layer_parameters
 
@@ -106,3 +106,31 @@ def test_layer_parameters_are_those_of_the_exact_count() -> None:
     common, routed = layer_parameters(task, ONE, ONE)
     assert common == pytest.approx(12 * 12288**2 + 2 * 12288)
     assert routed == 0
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    ["pp1", "dp2 pp4", "pp8 v3 tp2", "pp4 gpipe full", "pp8 zbh1 selective", "pp4 v2 zbv zero1 dp4",
+     "pp5", "pp7 v2"],
+)  # fmt: skip
+def test_the_fullest_stage_is_what_memory_says(sentence: str) -> None:
+    """Exactly where the layers divide; at most that, and nearly, where they do not."""
+    task, rates = megatron("gpt3-175b", batch=560)
+    one = Layouts.of([Layout.model_validate(sentence)])
+    whole, stages = memory(task, rates, one), stage_memory(task, rates, one)
+    fullest = float(stages.total.max())
+    assert len(stages.total) == int(one.pipeline[0])
+    if 96 % int(one.pipeline[0] * one.interleave[0]):
+        assert 0.9 * whole.total[0] <= fullest <= whole.total[0] * (1 + 1e-12)
+    else:
+        assert fullest == pytest.approx(float(whole.total[0]), rel=1e-12)
+    layers = stages.weights.sum() - 2 * 2 * 51200 * 12288 / float(one.tensor[0])
+    assert layers > 0
+
+
+def test_earlier_stages_keep_more() -> None:
+    task, rates = megatron("gpt3-175b")
+    one = Layouts.of([Layout.model_validate("pp8 v2")])
+    activations = stage_memory(task, rates, one).activations
+    assert np.all(np.diff(activations) < 0)
+    assert activations[-1] / activations[0] == pytest.approx((1 * 8 + 1) / (2 * 8 + 7))

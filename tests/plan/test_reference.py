@@ -118,6 +118,11 @@ class Plain:
         mlp = t["mlp_matrices"] * t["hidden"] * t["ffn"]
         return (attention + mlp) / self.layout.tensor + 2 * t["hidden"]
 
+    def embeddings(self) -> int:
+        """Copies of the vocabulary's matrix on the rank that has most."""
+        folded = self.layout.schedule in ("zbv", "dualpipev")
+        return 2 if (self.layout.pipeline == 1 or folded) and not self.task["tied"] else 1
+
     def seconds(self) -> float:
         """The whole step."""
         t, r, layout = self.task, self.rates, self.layout
@@ -154,7 +159,7 @@ class Plain:
         left = idle.get(layout.schedule, layer) / layer
         busy = micro_batches * slowest + (through - slowest) / v * max(left, 0.0)
         embedding = t["vocab"] * t["hidden"] / layout.tensor
-        owned = most * params + embedding * (2 if pp == 1 and not t["tied"] else 1)
+        owned = most * params + embedding * self.embeddings()
         weights = self.gather(owned * t["weight_bytes"], group, stride)
         gradients = self.gather(owned * t["reduce_bytes"], replicas, stride)
         joins = self.gather(owned / group * t["reduce_bytes"], replicas / group, stride * group)
@@ -180,7 +185,7 @@ class Plain:
         pp, v, params = layout.pipeline, layout.interleave, self.parameters()
         layers = math.ceil(t["layers"] / (pp * v)) * v
         embedding = t["vocab"] * t["hidden"] / layout.tensor
-        owned = layers * params + embedding * (2 if pp == 1 and not t["tied"] else 1)
+        owned = layers * params + embedding * self.embeddings()
         biggest = max(params, embedding)
         states = owned * t["weight_bytes"] * (layout.zero < 3)
         states += owned * t["gradient_bytes"] / (group if layout.zero >= 2 else 1)
@@ -201,10 +206,11 @@ class Plain:
             layout.schedule, pp * v + pp - 1 if v > 1 else pp
         )
         first = kept * layers / v * min(micro_batches * v, warm)
-        last = kept * layers / v * (1 if pp == 1 else v)
+        looped = (v - 1) * pp + 1 if v > 1 else 1
+        last_warm = looped if layout.schedule == "1f1b" else warm
+        last = kept * layers / v * min(micro_batches * v, last_warm)
         logits = rows * t["vocab"] / layout.tensor * t["logit_bytes"]
-        at_first = first + (max(logits, live) if pp == 1 else live)
-        used = states + max(at_first, last + max(logits, live))
+        used = states + max(first + live, last + max(logits, live))
         return used * (1 + FRAGMENTATION) + FRAMEWORK_BYTES
 
 

@@ -12,8 +12,7 @@ from ridgeline.errors import LayoutError, MachineError, ModelError, PlanError, R
 from ridgeline.layout.arithmetic import check
 from ridgeline.layout.layout import Layout
 from ridgeline.layout.trainable import is_trainable
-from ridgeline.ledger import Ledger, StepSeconds
-from ridgeline.ledger import Memory as LedgerMemory
+from ridgeline.ledger import Ledger
 from ridgeline.machine.cluster import Cluster, cluster, parse_devices
 from ridgeline.model.counts import flops_per_token, parameters
 from ridgeline.model.shape import ModelShape
@@ -22,7 +21,8 @@ from ridgeline.plan.certainty import certainty
 from ridgeline.plan.constants import calibration, peak, rates_of
 from ridgeline.plan.cost import Cost, cost
 from ridgeline.plan.cost import Rates as Prices
-from ridgeline.plan.memory import Memory, memory
+from ridgeline.plan.ledgers import CAUSES, ledger_of
+from ridgeline.plan.memory import Memory, memory, stage_memory
 from ridgeline.plan.quantities import Layouts, Rates, Task, task_of
 from ridgeline.plan.search import Found, search
 from ridgeline.plan.space import MOST_MICRO_BATCH, space
@@ -272,6 +272,7 @@ def capacity(asked: Question) -> float:
 def _priced(asked: Question, table: Layouts, steps: Step, memories: Memory) -> list[Planned]:
     """Every row as a Planned."""
     device, sure = asked.cluster.device.name, certainty()
+    task, rates = physics(asked)
     sizes = {
         "devices": np.full(table.count, float(asked.devices)),
         "sequence": np.full(table.count, float(asked.sequence)),
@@ -289,37 +290,46 @@ def _priced(asked: Question, table: Layouts, steps: Step, memories: Memory) -> l
         seconds = float(steps.total[row])
         mfu = causal / seconds / at_peak
         again = {"none": 0.0, "selective": 0.5, "full": 1.0}[layout.recompute]
+        hfu = mfu * (1 + again / 3 * (1 - head / causal))
         total = _totals(asked, steps, row, mfu)
-        ledger = _ledger(asked, steps, memories, row, causal)
+        train_s = None if total is None else total.wall_s or total.train_s
+        currency = total.currency if total and total.rent is not None else None
+        shared: dict[str, Any] = {
+            "mfu": mfu,
+            "mfu_full_attention": full / seconds / at_peak,
+            "hfu": hfu,
+            "tokens_per_s": asked.sequence * asked.global_batch / seconds,
+            "train_s": train_s,
+            "money": total.rent if total else None,
+            "currency": currency,
+            "energy_j": total.energy_j if total else None,
+        }
+        ledger = ledger_of(
+            steps,
+            stage_memory(task, rates, table.take(np.array([row]))),
+            row,
+            causal / asked.devices,
+            hardware_flops_per_device=causal / asked.devices * hfu / mfu,
+            goodput=total.goodput if total else None,
+            **shared,
+        )
         busiest = max(CAUSES, key=lambda name: float(getattr(steps, name)[row]))
         planned.append(
             Planned(
                 layout=layout,
                 step_s=seconds,
                 interval_s=(float(low[row]), float(high[row])),
-                mfu=mfu,
-                mfu_full_attention=full / seconds / at_peak,
-                hfu=mfu * (1 + again / 3 * (1 - head / causal)),
-                tokens_per_s=asked.sequence * asked.global_batch / seconds,
                 memory_bytes=float(memories.total[row]),
                 capacity_bytes=capacity(asked),
                 fits=bool(memories.total[row] <= capacity(asked)),
-                train_s=None if total is None else total.wall_s or total.train_s,
-                money=total.rent if total else None,
-                currency=total.currency if total and total.rent is not None else None,
-                energy_j=total.energy_j if total else None,
                 bound_by=busiest,
                 extrapolated=bool(stretch[row] > 1),
                 trainable=is_trainable(layout),
                 ledger=ledger,
+                **shared,
             )
         )
     return planned
-
-
-CAUSES = (
-    "compute", "tensor", "context", "expert", "pipeline", "data", "bubble", "optimizer", "host",
-)  # fmt: skip
 
 
 def _totals(asked: Question, steps: Step, row: int, mfu: float) -> Cost | None:
@@ -338,22 +348,6 @@ def _totals(asked: Question, steps: Step, row: int, mfu: float) -> Cost | None:
         asked.shape, asked.tokens, asked.devices, asked.cluster, mfu=min(mfu, 1.0),
         sequence=asked.sequence, precision=known, rates=prices,
     )  # fmt: skip
-
-
-def _ledger(asked: Question, steps: Step, memories: Memory, row: int, flops: float) -> Ledger:
-    """The predicted ledger of one layout: memory of the fullest device, seconds by cause."""
-    # differences of nearly equal times may come out a rounding below zero
-    seconds = {f"{name}_s": max(0.0, float(getattr(steps, name)[row])) for name in CAUSES}
-    seconds["host_s"] += float(steps.jitter[row])
-    names = ("weights", "gradients", "optimizer", "activations", "temporary", "framework", "total")
-    parts = {f"{name}_bytes": float(getattr(memories, name)[row]) for name in names}
-    return Ledger(
-        witness="plan",
-        memory=(LedgerMemory(**parts),),
-        seconds=StepSeconds(total_s=float(steps.total[row]), **seconds),
-        flops_per_device=flops / asked.devices,
-        tokens_per_s=asked.sequence * asked.global_batch / float(steps.total[row]),
-    )
 
 
 def _best_trainable(asked: Question) -> Planned | None:

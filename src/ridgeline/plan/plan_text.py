@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ridgeline.errors import PlanError
 from ridgeline.human import DASH, duration, percent, short, size
-from ridgeline.plan.plan import CAUSES, Plan, Planned, Question
+from ridgeline.plan.ledgers import CAUSES
+from ridgeline.plan.plan import Plan, Planned, Question
 from ridgeline.run import Cluster, Run, make_run
 
 HEAD = (
@@ -78,7 +79,8 @@ def explain(plan: Plan) -> str:
         if value:
             lines.append(f"  {name:12} {duration(value):>9} {value / best.step_s:6.1%}")
     lines += ["", "memory of the fullest device"]
-    for name, value in best.ledger.memory[0]:
+    fullest = max(best.ledger.memory, key=lambda stage: stage.total_bytes or 0)
+    for name, value in fullest:
         if value:
             lines.append(f"  {name.removesuffix('_bytes'):12} {size(value):>9}")
     rival = next((each for each in plan.layouts[1:] if _differs(each, best)), None)

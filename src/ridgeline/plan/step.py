@@ -70,9 +70,7 @@ def step(task: Task, rates: Rates, shared: Shared, layouts: Layouts, blocks: Blo
 
     replicas = layouts.data * layouts.context
     stride = layouts.tensor
-    embedding = task.vocab * task.hidden / layouts.tensor
-    alone = np.where((pipeline == 1) & (task.tied == 0), 2.0, 1.0)
-    owned = most * common + alone * embedding
+    owned = most * common + embedding_parameters(task, layouts)
     reduction = _reduction(task, rates, layouts, owned, replicas, stride)
     if np.any(task.experts):
         held = replicas / layouts.expert
@@ -110,6 +108,17 @@ def step(task: Task, rates: Rates, shared: Shared, layouts: Layouts, blocks: Blo
         jitter=jitter,
         total=total + jitter,
     )
+
+
+def embedding_parameters(task: Task, layouts: Layouts) -> Array:
+    """Parameters of embedding and head on the rank that has most of them.
+
+    One rank has both without a pipeline, and where a schedule folds the model: then its first
+    layer and its last are neighbours.
+    """
+    folded = layouts.schedule >= SCHEDULES.index("zbv")
+    both = ((layouts.pipeline == 1) | folded) & (task.tied == 0)
+    return np.where(both, 2.0, 1.0) * task.vocab * task.hidden / layouts.tensor
 
 
 def _with_gathers(
