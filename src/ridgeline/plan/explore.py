@@ -22,7 +22,7 @@ from ridgeline.layout.layout import Layout
 from ridgeline.plan.block import block, group_rate
 from ridgeline.plan.constants import calibration
 from ridgeline.plan.memory import memory
-from ridgeline.plan.plan import Planned, Question, capacity, physics, plan
+from ridgeline.plan.plan import Planned, Question, physics, plan, usable
 from ridgeline.plan.quantities import Array, Layouts
 from ridgeline.plan.search import Pricer
 from ridgeline.plan.space import space
@@ -54,7 +54,7 @@ def sensitivity(asked: Question) -> Sensitivity:
     times: list[Array] = []
     rows: list[Layouts] = []
     for chunk in everything.chunks():
-        fits = memory(task, rates, chunk).total <= capacity(asked)
+        fits = memory(task, rates, chunk).total <= usable(asked)
         if fits.any():
             rows.append(chunk.take(fits))
             times.append(pricer.step(rows[-1]).total)

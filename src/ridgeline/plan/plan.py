@@ -31,8 +31,9 @@ from ridgeline.run import Run
 
 Objective = Literal["time", "money", "energy"]
 STACK = "ridgeline"
-USABLE = 1.0
-"""Share of the device's memory that a layout may fill; framework and slack are counted in it."""
+USABLE = 0.95
+"""Share of the device's memory that a layout may fill: a prediction a few percent low must fit too
+(assumed; framework and allocator's slack are counted apart)."""
 NAIVE_SHARE = 0.5
 IDLE_POWER_SHARE = 0.4
 """Power above idle while waiting on links and bubbles, of that while computing (assumed)."""
@@ -210,7 +211,7 @@ def plan(
     everything = space(asked.shape, asked.sequence, asked.global_batch, asked.devices)
     if everything.valid == 0:
         raise _indivisible(asked)
-    found = search(task, rates, known.shared, everything, capacity(asked))
+    found = search(task, rates, known.shared, everything, usable(asked))
     if found.layouts.count == 0:
         raise _too_small(asked, found)
     ours = [layout] if layout else []
@@ -264,9 +265,14 @@ def physics(asked: Question) -> tuple[Task, Rates]:
     return task, Rates(**scalars)  # type: ignore[arg-type]
 
 
-def capacity(asked: Question) -> float:
+def usable(asked: Question) -> float:
+    """Bytes of one device that a layout may fill."""
+    return USABLE * _capacity(asked)
+
+
+def _capacity(asked: Question) -> float:
     """Bytes of one device; infinite where the catalogue does not know."""
-    return (asked.cluster.device.memory_bytes or math.inf) * USABLE
+    return asked.cluster.device.memory_bytes or math.inf
 
 
 def _priced(asked: Question, table: Layouts, steps: Step, memories: Memory) -> list[Planned]:
@@ -320,8 +326,8 @@ def _priced(asked: Question, table: Layouts, steps: Step, memories: Memory) -> l
                 step_s=seconds,
                 interval_s=(float(low[row]), float(high[row])),
                 memory_bytes=float(memories.total[row]),
-                capacity_bytes=capacity(asked),
-                fits=bool(memories.total[row] <= capacity(asked)),
+                capacity_bytes=_capacity(asked),
+                fits=bool(memories.total[row] <= usable(asked)),
                 bound_by=busiest,
                 extrapolated=bool(stretch[row] > 1),
                 trainable=is_trainable(layout),
@@ -453,11 +459,11 @@ def _too_small(asked: Question, found: Found) -> PlanError:
     names = ("weights", "gradients", "optimizer", "activations", "temporary", "framework")
     parts = {name: float(getattr(table, name)[0]) for name in names}
     biggest = max(parts, key=lambda name: parts[name])
-    need, have = float(table.total[0]), capacity(asked)
+    need, have = float(table.total[0]), usable(asked)
     gib = 2.0**30
     return PlanError(
         f"{asked.shape.name} on {asked.devices} {asked.cluster.device.name}",
-        f"the smallest layout, '{layout}', needs {need / gib:.1f} GiB of {have / gib:.1f} GiB per "
+        f"the smallest layout, '{layout}', needs {need / gib:.1f} of {have / gib:.1f} usable GiB per "
         f"device: {(need - have) / gib:.1f} too much, most of it {biggest} "
         f"({parts[biggest] / gib:.1f} GiB)",
         _what_fits(asked),
@@ -473,7 +479,7 @@ def _what_fits(asked: Question) -> str:
         tried = space(asked.shape, asked.sequence, asked.global_batch, larger.devices)
         if tried.valid == 0:
             continue
-        found = search(task, rates, shared, tried, capacity(larger))
+        found = search(task, rates, shared, tried, usable(larger))
         if found.layouts.count:
             best = found.layouts.layout(0, asked.precision)
             return f"{larger.devices} devices ('{best}'), shorter sequences, or larger devices"
