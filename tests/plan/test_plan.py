@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -114,8 +115,11 @@ def test_nothing_fits_says_by_how_much_and_what_would() -> None:
 
 
 def test_a_run_that_nothing_divides_is_refused() -> None:
-    with pytest.raises(LayoutError, match="no four numbers"):
-        plan(question(entry("gpt2").shape, "13xA100", batch_tokens=5 * 1024, sequence=1024))
+    asked = question(entry("gpt2").shape, "13xA100", batch_tokens=5 * 1024, sequence=1024)
+    with pytest.raises(LayoutError, match="no four numbers") as caught:
+        plan(asked)
+    assert caught.value.remedy.startswith("12 devices")
+    assert plan(replace(asked, devices=12)).layouts
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from ridgeline.plan.ledgers import CAUSES, ledger_of
 from ridgeline.plan.memory import Memory, memory, stage_memory
 from ridgeline.plan.quantities import Layouts, Rates, Task, task_of
 from ridgeline.plan.search import Found, search
-from ridgeline.plan.space import MOST_MICRO_BATCH, space
+from ridgeline.plan.space import MOST_MICRO_BATCH, nearest_devices, space
 from ridgeline.plan.step import Step, step
 from ridgeline.run import Run
 
@@ -448,8 +448,8 @@ def _indivisible(asked: Question) -> LayoutError:
         f"dp·cp·tp·pp = {devices}, dp divides {asked.global_batch}, cp·tp divides "
         f"{asked.sequence} tokens, tp divides {shape.heads} heads and {shape.kv_heads} key-value "
         f"heads, pp is at most {shape.layers} layers: no four numbers do all of that",
-        f"{1 << (devices.bit_length() - 1)} devices, or a batch of "
-        f"{-(-asked.global_batch // devices) * devices} sequences",
+        f"{nearest_devices(shape, asked.sequence, asked.global_batch, devices)} devices, or a batch "
+        f"of {-(-asked.global_batch // devices) * devices} sequences",
     )
 
 
@@ -463,8 +463,8 @@ def _too_small(asked: Question, found: Found) -> PlanError:
     gib = 2.0**30
     return PlanError(
         f"{asked.shape.name} on {asked.devices} {asked.cluster.device.name}",
-        f"the smallest layout, '{layout}', needs {need / gib:.1f} of {have / gib:.1f} usable GiB per "
-        f"device: {(need - have) / gib:.1f} too much, most of it {biggest} "
+        f"the smallest layout, '{layout}', needs {need / gib:.1f} of {have / gib:.1f} usable GiB "
+        f"per device: {(need - have) / gib:.1f} too much, most of it {biggest} "
         f"({parts[biggest] / gib:.1f} GiB)",
         _what_fits(asked),
     )

@@ -106,6 +106,17 @@ def space(
     return Space(bases, shards, kind, candidates, valid)
 
 
+def nearest_devices(shape: ModelShape, sequence: int, global_batch: int, wanted: int) -> int:
+    """The number of devices closest to `wanted` over which some layout divides the run."""
+    tensors = [t for t in divisors(shape.heads) if _divides(shape, sequence, t, 1)]
+    parts = {t * c for t in tensors for c in divisors(sequence // t)}
+    stages = range(1, shape.layers + 1)
+    sizes = {part * stage for part in parts for stage in stages}
+    data = np.array(divisors(global_batch))
+    products = np.outer(np.array(sorted(sizes)), data).ravel()
+    return int(products[np.argmin(np.abs(products - wanted))])
+
+
 @cache
 def shard_pairs(replicas: int) -> Array:
     """Every (ZeRO stage, shard group) over so many replicas; one replica has nothing to shard."""
