@@ -448,8 +448,8 @@ def _indivisible(asked: Question) -> LayoutError:
         f"dp·cp·tp·pp = {devices}, dp divides {asked.global_batch}, cp·tp divides "
         f"{asked.sequence} tokens, tp divides {shape.heads} heads and {shape.kv_heads} key-value "
         f"heads, pp is at most {shape.layers} layers: no four numbers do all of that",
-        f"{nearest_devices(shape, asked.sequence, asked.global_batch, devices)} devices, or a batch "
-        f"of {-(-asked.global_batch // devices) * devices} sequences",
+        f"{nearest_devices(shape, asked.sequence, asked.global_batch, devices)} devices, or a "
+        f"batch of {-(-asked.global_batch // devices) * devices} sequences",
     )
 
 
