@@ -133,6 +133,31 @@ def test_few_constants_are_fitted() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "stack"),
+    [
+        ("Megatron-Core", "megatron-core"), ("FSDP2", "fsdp2"), ("PyTorch FSDP1", "fsdp1"),
+        ("eager Megatron-DeepSpeed 2021-23", "megatron-deepspeed"), ("ridgeline", "ridgeline"),
+        ("-", "megatron-deepspeed"),
+    ],
+)  # fmt: skip
+def test_stacks_are_read_by_many_names(tmp_path: Path, name: str, stack: str) -> None:
+    head, row = csv_of(tmp_path).read_text(encoding="utf-8").splitlines()
+    path = tmp_path / "named.csv"
+    path.write_text(f"{head},stack\n{row},{name}\n", encoding="utf-8")
+    assert read_cases([path], calibration()).rows[0].stack == stack
+
+
+def test_an_unknown_cluster_is_said_and_the_usual_one_taken(tmp_path: Path) -> None:
+    head, row = csv_of(tmp_path).read_text(encoding="utf-8").splitlines()
+    path = tmp_path / "named.csv"
+    path.write_text(f"{head},cluster\n{row},LUMI\n{row},Eos\n", encoding="utf-8")
+    first, second = read_cases([path], calibration()).rows
+    assert first.cluster.name == "LUMI"
+    assert second.cluster.name == "Frontier"
+    assert "cluster Frontier" in second.assumed
+
+
+@pytest.mark.parametrize(
     ("words", "zero", "group"),
     [
         ("0", 0, 2), ("zero1", 1, 2), ("ZeRO-3 (DeepSpeed)", 3, 2), ("zero3/1", 3, 1),

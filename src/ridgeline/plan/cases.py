@@ -6,6 +6,7 @@ The assumptions, each from the other columns and never from `source`:
   calibrated); other FSDP words with the stage → fsdp1; a distributed optimizer or a bare `FSDP n` →
   megatron-core; else fused attention on a device of 2022 or later, or with sequence parallelism →
   megatron-core, else megatron-deepspeed.
+- cluster: the one that stands for the device, also where a named one is not in the catalogue.
 - ffn 4·hidden; vocab 51,200; kv_heads = heads; not gated where ffn = 4·hidden, else gated; tied
   where not gated and the vocabulary is below 100,000.
 - micro-batch: the global batch over data·pipeline where there is a pipeline, else 1.
@@ -29,8 +30,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ridgeline.errors import MachineError, RidgelineError, SourceError
-from ridgeline.machine.cluster import Cluster, cluster
+from ridgeline.errors import RidgelineError, SourceError
+from ridgeline.machine.cluster import Cluster, cluster, clusters
 from ridgeline.plan.block import block
 from ridgeline.plan.constants import Constants, one, peak, rates_of
 from ridgeline.plan.memory import Memory, memory
@@ -44,6 +45,14 @@ SINGLE_NODE = (
 )  # fmt: skip
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8", "mxfp8", "nvfp4")
 OLD_DEVICES = ("V100", "A100", "MI250X", "A64FX", "TPU v3")
+STACK_NAMES = {
+    r"ridgeline": "ridgeline",
+    r"megatron.?core|mcore|nemo|megatron.?bridge": "megatron-core",
+    r"fsdp.?2|torchtitan": "fsdp2",
+    r"fsdp|foundry|composer": "fsdp1",
+    r"megatron|deepspeed": "megatron-deepspeed",
+}
+"""What a stack may be called; the first pattern that fits decides."""
 SCHEDULE_NAMES = {
     "interleaved1f1b": "1f1b", "interleaved": "1f1b", "zb-h1": "zbh1", "zbh1": "zbh1",
     "interleavedzerobubble": "izb", "zbvzerobubble": "zbv", "zb-v": "zbv",
@@ -137,7 +146,7 @@ def _single_node(path: Path, index: int, values: list[str]) -> dict[str, str]:
 def case_of(row: dict[str, str], known: Constants) -> Case:
     """One row, completed. Raises _NotExpressible, MachineError or LayoutError with the reason."""
     assumed: list[str] = []
-    machine = cluster(row.get("cluster") or row["device"])
+    machine = _machine(row, assumed)
     one(known.devices, machine.device.name)
     shape = _shape(row, assumed)
     notes = row.get("notes", "")
@@ -145,11 +154,7 @@ def case_of(row: dict[str, str], known: Constants) -> Case:
     if flash is None:
         flash = not machine.device.name.startswith(OLD_DEVICES)
         assumed.append(f"flash_attention {'y' if flash else 'n'}")
-    stack = row.get("stack", "") or _stack(row, machine, flash, assumed)
-    if stack not in known.stacks:
-        raise MachineError(
-            f"stack {stack}", f"no stack is called {stack!r}", ", ".join(known.stacks)
-        )
+    stack = _named_stack(row.get("stack", "")) or _stack(row, machine, flash, assumed)
     layout = _layout(row, shape, stack, assumed)
     precision = row.get("precision", "").strip().lower().removeprefix("amp_")
     if precision in ("", "-"):
@@ -230,6 +235,32 @@ def _shape(row: dict[str, str], assumed: list[str]) -> dict[str, float]:
         "sequence": _whole(row, "seq_len"),
         "global_batch": _whole(row, "global_batch"),
     }
+
+
+def _machine(row: dict[str, str], assumed: list[str]) -> Cluster:
+    """The named cluster if it is known and has the row's device, else the device's usual one."""
+    usual = cluster(row["device"].strip())
+    named = row.get("cluster", "").strip()
+    if not named:
+        return usual
+    found = clusters().get(named)
+    if found is None or found.device != usual.device:
+        assumed.append(f"cluster {usual.name}")
+        return usual
+    return found
+
+
+def _named_stack(words: str) -> str:
+    """The calibrated stack that a name means; empty where none is named.
+
+    Raises _NotExpressible for a name that fits none.
+    """
+    for pattern, stack in STACK_NAMES.items():
+        if re.search(pattern, words, re.IGNORECASE):
+            return stack
+    if words.strip() not in ("", "-"):
+        raise _NotExpressible(f"no stack is called {words!r}: {', '.join(STACK_NAMES.values())}")
+    return ""
 
 
 def _stack(row: dict[str, str], machine: Cluster, flash: bool, assumed: list[str]) -> str:
