@@ -295,7 +295,8 @@ def _priced(asked: Question, table: Layouts, steps: Step, memories: Memory) -> l
         layout = table.layout(row, asked.precision)
         seconds = float(steps.total[row])
         mfu = causal / seconds / at_peak
-        again = {"none": 0.0, "selective": 0.5, "full": 1.0}[layout.recompute]
+        some = float(rates.selective_matrix)
+        again = {"none": 0.0, "selective": some, "full": 1.0}[layout.recompute]
         hfu = mfu * (1 + again / 3 * (1 - head / causal))
         total = _totals(asked, steps, row, mfu)
         train_s = None if total is None else total.wall_s or total.train_s
