@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-# The package `train` and the verb `train` share a name: load the (empty) package first, so that
-# importing one of its modules later does not put the package in the verb's place.
+# The packages `plan` and `train` and the verbs share names: load the (empty) packages first, so
+# that importing one of their modules later does not put the package in the verb's place.
+from ridgeline import plan as _plan_package  # noqa: F401
 from ridgeline import train as _train_package  # noqa: F401
 
 if TYPE_CHECKING:
@@ -17,10 +18,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ridgeline.data.manifest import Manifest
+    from ridgeline.plan.plan import Plan
+    from ridgeline.plan.validate import Validation
     from ridgeline.run import Run
     from ridgeline.train.worker import Outcome
 
-__all__ = ["prepare", "read_run", "report", "sample", "train"]
+__all__ = ["plan", "prepare", "read_run", "report", "sample", "train", "validate"]
 
 
 def read_run(path: Path | str, overrides: Sequence[str] = ()) -> Run:
@@ -63,3 +66,17 @@ def report(folder: Path) -> Path:
     from ridgeline.audit.report import write_report
 
     return write_report(folder)
+
+
+def plan(run: Run, on: str | None = None, **options: Any) -> Plan:
+    """The best layouts of a run on its cluster, or on machine `on`; see `ridgeline.plan.plan`."""
+    from ridgeline.plan.plan import plan_run
+
+    return plan_run(run, on, **options)
+
+
+def validate(*files: Path) -> Validation:
+    """Predict published or measured runs; see `ridgeline.plan.validate.validate`."""
+    from ridgeline.plan.validate import validate as predict
+
+    return predict(list(files))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
 import ridgeline
+from ridgeline.cli_plan import plan, validate
 from ridgeline.errors import NotLearnt, RidgelineError
 
 RESUME_ME = 75
@@ -153,6 +154,64 @@ def models(name: str | None) -> None:
     from ridgeline.model.table import describe, table
 
     click.echo(describe(name) if name else table())
+
+
+@verbs.command()
+@click.argument("model")
+@click.option("--tokens", required=True, help="Training tokens: 15T, 300B, 2e12.")
+@click.option("--on", "machine", required=True, help="Devices: 16000xH100-SXM-80GB.")
+@click.option("--mfu", type=float, help="Share of the dense peak, such as 0.4.")
+@click.option("--days", type=float, help="Days without failures, instead of --mfu.")
+@click.option("--seq", "sequence", type=int, help="Tokens per sequence.")
+@click.option("--precision", help="Of the matrix products: bf16, fp16, fp8, fp32.")
+@click.option("--price-per-hour", type=float, help="Rent of a device for an hour.")
+@click.option("--device-price", type=float, help="Price of buying a device.")
+@click.option("--other-capital", type=float, help="Share of capital that is not devices: 0.5.")
+@click.option("--electricity", "price_per_kwh", type=float, help="Price of a kWh.")
+@click.option("--currency", default="USD", show_default=True, help="Of all prices.")
+@click.option("--watts", "device_w", type=float, help="Power per device, with its share of a node.")
+@click.option("--pue", type=float, help="Power of the centre over that of its nodes.")
+@click.option("--grid", "grid_g_per_kwh", type=float, help="Grams of CO₂ per kWh.")
+@click.option("--failures", "failures_per_device_hour", type=float, help="Per device and hour.")
+@click.option("--checkpoint", "checkpoint_s", type=float, help="Seconds a checkpoint blocks.")
+@click.option("--restart", "restart_s", type=float, help="Seconds from a failure to training.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object, in SI units.")
+def cost(as_json: bool, **asked: Any) -> None:
+    """Days, money and energy of training MODEL; what is not known stays a dash.
+
+    \b
+    Example:
+      ridgeline cost llama3.1-405b --tokens 15T --on 16000xH100-SXM-80GB --mfu 0.4
+    """
+    from ridgeline.plan.cost_text import answer
+
+    click.echo(answer(as_json=as_json, **asked))
+
+
+verbs.add_command(plan)
+verbs.add_command(validate)
+
+
+@verbs.command()
+@click.argument("layout")
+@click.option("--micro-batches", type=int, required=True, help="Per replica and step.")
+@click.option("--forward", "forward_s", default=1.0, show_default=True, help="Seconds on a rank.")
+@click.option("--backward-input", "backward_input_s", default=1.0, show_default=True)
+@click.option("--backward-weight", "backward_weight_s", default=1.0, show_default=True)
+@click.option("--send", "send_s", default=0.0, show_default=True, help="Seconds between ranks.")
+@click.option("--svg", type=click.Path(path_type=Path), help="Write a picture.")
+@click.option("--trace", type=click.Path(path_type=Path), help="Write a trace for ui.perfetto.dev.")
+def pipeline(layout: str, micro_batches: int, **options: Any) -> None:
+    """Replay the pipeline schedule of LAYOUT: idle time, activations kept, pictures.
+
+    \b
+    Example:
+      ridgeline pipeline "pp8 v2 1f1b" --micro-batches 16
+      ridgeline pipeline "pp4 zbv" --micro-batches 8 --svg zbv.svg --trace zbv.json
+    """
+    from ridgeline.plan.timeline_picture import draw
+
+    click.echo(draw(layout, micro_batches, **options))
 
 
 @verbs.command()

@@ -5,6 +5,8 @@
     ├── ModelError          unknown model, or a shape that cannot be
     ├── MachineError        unknown device
     ├── LayoutError         a layout that cannot be parsed, does not divide, or cannot be trained
+    ├── PlanError           a question to the planner with an absurd or contradictory number
+    ├── LedgerError         a ledger that is not JSON, or with a term that cannot be
     ├── DataError           anything between text and batches
     │   ├── SourceError     a source that is missing, empty or unreadable
     │   ├── TokenizerError  a tokenizer that does not fit its shards or the model
@@ -59,6 +61,14 @@ class MachineError(RidgelineError):
 
 class LayoutError(RidgelineError):
     """A layout that cannot be parsed, does not divide the run, or cannot be trained."""
+
+
+class PlanError(RidgelineError):
+    """A question to the planner holds an absurd or contradictory number."""
+
+
+class LedgerError(RidgelineError):
+    """A ledger cannot be read, or holds a term that cannot be."""
 
 
 class DataError(RidgelineError):

@@ -1,36 +1,42 @@
-"""Devices and their peak rates, each with its source."""
+"""Devices: peaks, memory, bandwidth and power, each with its source."""
 
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from importlib import resources
+from typing import Any
 
 from ridgeline.errors import MachineError, nearest
+
+ORIGINS = ("read", "measured", "assumed")
+"""How a number of the catalogue is known."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """A device; peaks in FLOP/s, dense, by precision (`bf16`, `fp16`, `fp8`, `fp32`)."""
+    """A device; peaks in FLOP/s, dense, by precision (`bf16`, `fp16`, `fp8`, `fp4`, `fp32`)."""
 
     name: str
     reported_as: tuple[str, ...]
     peak_flops: dict[str, float]
     source: str
+    memory_bytes: float | None = None
+    """Memory of one device; None where the catalogue does not know it."""
+    memory_bandwidth: float | None = None
+    """Bytes per second between the device and its memory."""
+    power_w: float | None = None
+    """Power limit of the board, its share per device."""
+    idle_w: float | None = None
+    """Power of an idle device."""
+    origins: dict[str, str] = field(default_factory=dict)
+    """How each number is known: read, measured or assumed."""
 
 
 def devices() -> dict[str, Device]:
     """The catalogue, by name."""
-    text = resources.files("ridgeline.machine").joinpath("catalogue/devices.toml").read_text()
-    return {
-        name: Device(
-            name,
-            tuple(row["reported_as"]),
-            {precision: value * 1e12 for precision, value in row["peak_tflops"].items()},
-            row["source"],
-        )
-        for name, row in tomllib.loads(text).items()
-    }
+    return dict(_devices())
 
 
 def device(name: str) -> Device:
@@ -42,7 +48,7 @@ def device(name: str) -> Device:
             "on 384 Frontier nodes, 3,072 cards are 6,144 GCDs on 768",
             "MI250X-GCD, and count GCDs",
         )
-    known = devices()
+    known = _devices()
     if name not in known:
         raise MachineError(f"device {name!r}", "it is not in the catalogue", nearest(name, known))
     return known[name]
@@ -51,6 +57,38 @@ def device(name: str) -> Device:
 def recognise(reported: str) -> Device | None:
     """The device that PyTorch reports as `reported`, or None when the catalogue lacks it."""
     found = (
-        device for device in devices().values() if any(n in reported for n in device.reported_as)
+        device for device in _devices().values() if any(n in reported for n in device.reported_as)
     )
     return next(found, None)
+
+
+def merged(row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The numbers of a catalogue row from its tables of origin, and the origin of each."""
+    numbers: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for origin in ORIGINS:
+        for key, value in row.get(origin, {}).items():
+            numbers[key], origins[key] = value, origin
+    return numbers, origins
+
+
+@cache
+def _devices() -> dict[str, Device]:
+    text = resources.files("ridgeline.machine").joinpath("catalogue/devices.toml").read_text()
+    return {name: _device(name, row) for name, row in tomllib.loads(text).items()}
+
+
+def _device(name: str, row: dict[str, Any]) -> Device:
+    numbers, origins = merged(row)
+    memory, bandwidth = numbers.get("memory_gib"), numbers.get("memory_tb_s")
+    return Device(
+        name,
+        tuple(row["reported_as"]),
+        {precision: value * 1e12 for precision, value in row["peak_tflops"].items()},
+        row["source"],
+        memory_bytes=None if memory is None else memory * 2.0**30,
+        memory_bandwidth=None if bandwidth is None else bandwidth * 1e12,
+        power_w=numbers.get("power_w"),
+        idle_w=numbers.get("idle_w"),
+        origins=origins,
+    )

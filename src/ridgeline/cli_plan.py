@@ -1,0 +1,173 @@
+"""The verbs `plan` and `validate`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from ridgeline.plan.cost import Rates
+    from ridgeline.plan.plan import Question
+    from ridgeline.run import Run
+
+
+@click.command()
+@click.argument("what")
+@click.option("--on", "machine", help="Devices: 16384xH100-SXM-80GB, 3072xFrontier.")
+@click.option("--tokens", help="Training tokens: 15T; default: 20 per parameter.")
+@click.option("--batch", help="Tokens per step: 16M.")
+@click.option("--seq", "sequence", type=click.IntRange(min=1), help="Tokens per sequence.")
+@click.option("--precision", help="Of the matrix products: bf16, fp16, fp8, fp32.")
+@click.option("--stack", default="ridgeline", show_default=True, help="Whose program runs it.")
+@click.option("--rank", type=click.Choice(["time", "money", "energy"]), default="time")
+@click.option("--top", type=click.IntRange(1, 100), default=5, show_default=True)
+@click.option("--price-per-hour", type=float, help="Rent of a device for an hour.")
+@click.option("--currency", default="USD", show_default=True, help="Of that price.")
+@click.option("--failures", type=float, help="Job-stopping failures per device and hour.")
+@click.option("--checkpoint", type=float, help="Seconds a checkpoint blocks.")
+@click.option("--restart", type=float, help="Seconds from a failure to training.")
+@click.option("--explain", is_flag=True, help="The best one's ledger, and why the next one lost.")
+@click.option("--sensitivity", is_flag=True, help="Which knob matters most, over all that fit.")
+@click.option("--scale", help="Numbers of devices to plan as well: 1024,2048,4096.")
+@click.option("--weak", is_flag=True, help="With --scale: the batch grows with the devices.")
+@click.option("--picture", type=click.Path(path_type=Path), help="SVG of the best's pipeline.")
+@click.option("--trace", type=click.Path(path_type=Path), help="Its step for ui.perfetto.dev.")
+@click.option("--write", type=click.Path(path_type=Path), help="Write a run file to train.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object, in SI units.")
+def plan(
+    what: str,
+    machine: str | None,
+    tokens: str | None,
+    batch: str | None,
+    sequence: int | None,
+    precision: str | None,
+    stack: str,
+    rank: str,
+    top: int,
+    price_per_hour: float | None,
+    currency: str,
+    failures: float | None,
+    checkpoint: float | None,
+    restart: float | None,
+    explain: bool,
+    sensitivity: bool,
+    scale: str | None,
+    weak: bool,
+    picture: Path | None,
+    trace: Path | None,
+    write: Path | None,
+    as_json: bool,
+) -> None:
+    """Which layout trains WHAT (a model of the catalogue, or a run file) soonest on which machine.
+
+    \b
+    Example:
+      ridgeline plan llama3-405b --on 16384xH100 --tokens 15T --batch 16M --seq 8192
+    """
+    from ridgeline.plan import plan_text
+    from ridgeline.plan.amounts import count_of
+    from ridgeline.plan.cost import Rates
+    from ridgeline.plan.plan import plan as search
+
+    prices = Rates(
+        price_per_hour=price_per_hour,
+        currency=currency,
+        failures_per_device_hour=failures,
+        checkpoint_s=checkpoint,
+        restart_s=restart,
+    )
+    asked, run = _question(what, machine, tokens, batch, sequence, precision, stack, prices)
+    own = None if run is None or run.layout == "auto" else run.layout
+    found = search(asked, top=top, rank=rank, layout=own)  # type: ignore[arg-type]
+    if write is not None:
+        write.write_text(plan_text.run_of(found, run), encoding="utf-8")
+    if as_json:
+        click.echo(json.dumps(found.json(), indent=2, allow_nan=False))
+        return
+    click.echo(plan_text.table(found))
+    if explain:
+        click.echo(plan_text.explain(found))
+    if sensitivity or scale or picture or trace:
+        from ridgeline.plan import explore
+
+        if picture or trace:
+            best = found.layouts[0].layout
+            click.echo("\n" + explore.draw_step(asked, best, picture, trace))
+        if sensitivity:
+            click.echo("\n" + explore.sensitivity_table(explore.sensitivity(asked)))
+        if scale:
+            sizes = [count_of(size, "devices") for size in scale.split(",")]
+            click.echo("\n" + explore.table(explore.scaling(asked, sizes, weak)))
+    if write is not None:
+        click.echo(f"wrote {write}")
+
+
+def _question(
+    what: str,
+    machine: str | None,
+    tokens: str | None,
+    batch: str | None,
+    sequence: int | None,
+    precision: str | None,
+    stack: str,
+    prices: Rates,
+) -> tuple[Question, Run | None]:
+    """The question of a run file, or of a model's name on a machine."""
+    from ridgeline.model.catalogue import entry
+    from ridgeline.plan.amounts import count_of
+    from ridgeline.plan.plan import question, question_of_run
+    from ridgeline.run import apply_overrides, make_run, read_run
+
+    if not what.endswith(".toml"):
+        if machine is None:
+            raise click.UsageError("a model is planned on a machine: --on 16384xH100-SXM-80GB")
+        return question(
+            entry(what).shape,
+            machine,
+            tokens=count_of(tokens, "tokens") if tokens else None,
+            batch_tokens=count_of(batch, "batch") if batch else None,
+            sequence=sequence,
+            precision=precision,
+            stack=stack,
+            prices=prices,
+        ), None
+    run = read_run(what)
+    changes = {
+        "--budget.tokens": count_of(tokens, "tokens") if tokens else None,
+        "--schedule.global_batch_tokens": count_of(batch, "batch") if batch else None,
+        "--data.sequence": sequence,
+    }
+    words = [f"{name}={value}" for name, value in changes.items() if value is not None]
+    if words:
+        values = run.model_dump(mode="json", exclude_none=True)
+        apply_overrides(values, words)
+        run = make_run(values, what)
+    asked = question_of_run(run, machine, prices)
+    if precision:
+        asked = replace(asked, precision=precision)
+    return replace(asked, stack=stack), run
+
+
+@click.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="One JSON object; fractions and seconds.")
+@click.option("--rows", is_flag=True, help="One line per row as well.")
+def validate(files: tuple[Path, ...], as_json: bool, rows: bool) -> None:
+    """Predict published or measured runs (CSV) and say how far off the planner is.
+
+    \b
+    Example:
+      ridgeline validate my-measurements.csv --rows
+    """
+    from ridgeline.plan.validate import summary, validate
+    from ridgeline.plan.validate_text import table
+
+    found = validate(list(files))
+    if as_json:
+        click.echo(json.dumps(summary(found), indent=2, allow_nan=False))
+        return
+    click.echo(table(found, rows))

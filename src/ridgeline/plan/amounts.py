@@ -1,0 +1,56 @@
+"""Numbers that people ask with: `15T` tokens, a price, a share. Absurd ones are refused by name."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from ridgeline.errors import PlanError
+
+DECIMAL = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12, "P": 10**15}
+"""What a letter behind a number multiplies it by; B is a billion, as in 405B parameters."""
+
+MOST = 1e18
+
+
+def count_of(text: str, what: str) -> int:
+    """`15T` → 15_000_000_000_000; `1.5B`, `380e9`, `3,072` are read as well.
+
+    Raises PlanError, calling the number `what`, for anything else and for less than one.
+    """
+    match = re.fullmatch(r"([\d_,]*\.?\d+(?:[eE]\+?\d{1,3})?)\s*([kMGBT]?|P)", text.strip())
+    value = float(re.sub(r"[_,]", "", match[1])) * DECIMAL[match[2]] if match else math.nan
+    if not (1 <= value <= MOST and value == int(value)):  # NaN compares false
+        raise PlanError(
+            f"{what} {text!r}",
+            f"a whole number from 1 to {MOST:g}; k, M, B, T, P: 1e3, 1e6, 1e9, 1e12, 1e15",
+            "15T, or 15e12",
+        )
+    return int(value)
+
+
+def positive(value: float, what: str, unit: str = "") -> float:
+    """`value` if it is finite and above zero; PlanError otherwise."""
+    if not math.isfinite(value) or value <= 0:
+        _refuse(value, what, unit, "finite and above 0", "leave it out where it is not known")
+    return value
+
+
+def not_negative(value: float, what: str, unit: str = "") -> float:
+    """`value` if it is finite and not below zero; PlanError otherwise."""
+    if not math.isfinite(value) or value < 0:
+        _refuse(value, what, unit, "finite and not below 0", "leave it out where it is not known")
+    return value
+
+
+def share(value: float, what: str) -> float:
+    """`value` if it is above 0 and at most 1; PlanError otherwise."""
+    if not 0 < value <= 1:  # NaN compares false
+        meant = f"{value / 100:g}" if 1 < value <= 100 else "a fraction such as 0.4"
+        _refuse(value, what, "", "a fraction above 0 and at most 1", meant)
+    return value
+
+
+def _refuse(value: float, what: str, unit: str, rule: str, remedy: str) -> None:
+    asked = f"{what} {value:g}" + (f" {unit}" if unit else "")
+    raise PlanError(asked, f"{what} is {rule}", remedy)

@@ -1,0 +1,190 @@
+"""The cost of one transformer block, and of the head, for one micro-batch on one device.
+
+Depends on few keys (tensor, context, expert, micro-batch, recompute), so a search computes it once
+per key. Sources: matrix products as max(arithmetic, memory) with a rate that saturates with each
+dimension; causal flash attention as its own kernel, backward 2.9 times forward; tensor parallelism
+as two all-reduces (or gather and scatter pairs) per pass, arXiv:1909.08053; the host floor, which
+eager programs with small micro-batches hit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ridgeline.plan.constants import Shared
+from ridgeline.plan.quantities import Array, Layouts, Rates, Table, Task
+
+FORWARD_HOST, RECOMPUTE_HOST, BACKWARD_HOST = 0.28, 0.28, 0.44
+"""Shares of the host's work per layer (assumed: counted in launched kernels)."""
+LOSS_BYTES = 12
+"""Bytes per logit of a fused loss: 16-bit logits and gradient, a float32 copy (assumed)."""
+SMOOTH = 3.0
+"""Exponent of the power mean that joins device and host time (assumed)."""
+
+
+@dataclass(frozen=True)
+class Block(Table):
+    """Seconds of one layer and of the head, per micro-batch and device."""
+
+    forward: Array
+    backward: Array
+    """Recomputation included."""
+    compute: Array
+    """Device work of both, without communication and without waiting for the host."""
+    tensor: Array
+    """Exposed tensor-parallel communication of both."""
+    context: Array
+    expert: Array
+    weight_gradient: Array
+    """The part of `backward` that zero-bubble schedules may postpone."""
+    head: Array
+    """Logits and loss, forward and backward."""
+
+
+def group_rate(rates: Rates, ranks: Array, stride: Array) -> tuple[Array, Array]:
+    """Bytes per second per rank, and seconds of latency per trip round, of a group of `ranks`.
+
+    `stride` is the distance between neighbours of the group. Ranks of one node drive that many
+    ports together, up to the rate of the links; beyond a pod the ports are oversubscribed.
+    """
+    within = np.clip(np.floor(rates.node_ranks / stride), 1, ranks)
+    span = ranks * stride
+    inside = np.where(span <= rates.near_ranks, rates.near, rates.link)
+    port = np.where(span > rates.pod_ranks, rates.port / rates.oversubscription, rates.port)
+    outside = np.minimum(rates.link, port * within)
+    rate = np.where(within >= ranks, inside, outside)
+    nodes = np.ceil(ranks / within)
+    latency = rates.link_latency * (within - 1) + rates.port_latency * (nodes - 1)
+    return rate, latency
+
+
+def gather_seconds(rates: Rates, size: Array, ranks: Array, stride: Array) -> Array:
+    """A ring all-gather or reduce-scatter of `size` bytes in all over `ranks`."""
+    rate, latency = group_rate(rates, ranks, stride)
+    return np.where(ranks > 1, latency + size * (ranks - 1) / ranks / rate, 0.0)
+
+
+def _product(task: Task, rates: Rates, m: Array, n: Array, k: Array) -> tuple[Array, Array]:
+    """Seconds of (m, k) by (k, n), and bytes that casting its inputs and outputs moves."""
+    edge = rates.edge
+    saturation = (1 + edge / m) * (1 + edge / n) * (1 + edge / k)
+    arithmetic = 2 * m * n * k * saturation / rates.matrix
+    memory = task.weight_bytes * (m * k + k * n + m * n) / rates.memory
+    return np.maximum(arithmetic, memory), rates.cast * (m * k + m * n)
+
+
+def _attention(task: Task, rates: Rates, shared: Shared, keys: Layouts) -> tuple[Array, Array]:
+    """Seconds of the attention core, forward and backward."""
+    rows = keys.micro_batch * task.sequence / keys.context
+    heads = task.heads / keys.tensor
+    flops = 4 * rows * task.sequence * heads * task.head_dim
+    narrow = np.minimum(1.0, task.head_dim / 128) ** shared.narrow_heads
+    # a ring's kernels see one part of the sequence at a time
+    short = 1 + rates.edge * keys.context / task.sequence
+    fused = flops / 2 * short / (rates.attention * narrow)
+    edge = rates.edge
+    plain = flops * (1 + edge / task.head_dim) * (1 + edge / task.sequence) / rates.matrix_16
+    plain = plain + rows * task.sequence * heads * shared.score_bytes / rates.memory
+    forward = np.where(task.flash > 0, fused, plain)
+    return forward, np.where(task.flash > 0, shared.attention_backward, 2.0) * forward
+
+
+def _mlp(task: Task, rates: Rates, keys: Layouts, rows: Array) -> tuple[Array, Array, Array, Array]:
+    """Mean over the layers: seconds of matrices, cast bytes, activation bytes, exchange seconds."""
+    gates = task.mlp_matrices - 1
+    width = task.ffn / keys.tensor
+    up, up_cast = _product(task, rates, rows, gates * width, task.hidden)
+    down, down_cast = _product(task, rates, rows, task.hidden, width)
+    activation = rows * width * 2 * (gates + 1)
+    seconds, cast = up + down, up_cast + down_cast
+    if not np.any(task.experts):
+        return seconds, cast, activation, np.zeros(np.broadcast(seconds, keys.tensor).shape)
+    # tokens of one rank visit top_k experts, spread over expert-parallel ranks; shared ones all
+    visits = task.top_k + task.shared_experts
+    each = np.maximum(rows * task.top_k * keys.expert / np.maximum(task.experts, 1), 1.0)
+    copies = rows * np.maximum(visits, 1.0) / each
+    inner = np.maximum(task.expert_ffn, 1.0)  # dense rows beside others have none; share is 0
+    up, up_cast = _product(task, rates, each, gates * inner, task.hidden)
+    down, down_cast = _product(task, rates, each, task.hidden, inner)
+    share = np.where(task.experts > 0, 1 - task.dense_layers / task.layers, 0.0)
+    exchange = 2 * gather_seconds(
+        rates, rows / keys.tensor * task.top_k * task.hidden * 2, keys.expert, keys.tensor
+    )
+    return (
+        (1 - share) * seconds + share * copies / keys.tensor * (up + down),
+        (1 - share) * cast + share * copies / keys.tensor * (up_cast + down_cast),
+        (1 - share) * activation
+        + share * rows * visits * task.expert_ffn / keys.tensor * 2 * (gates + 1),
+        share * exchange,
+    )
+
+
+def block(task: Task, rates: Rates, shared: Shared, keys: Layouts) -> Block:
+    """The block of every row of `keys`; of a Layouts it reads only what the module names."""
+    rows = keys.micro_batch * task.sequence / keys.context
+    tensor = keys.tensor
+    queries = (task.heads + 2 * task.kv_heads) * task.head_dim / tensor
+    out = task.heads * task.head_dim / tensor
+    project, project_cast = _product(task, rates, rows, queries, task.hidden)
+    merge, merge_cast = _product(task, rates, rows, task.hidden, out)
+    mlp, mlp_cast, activation, exchange = _mlp(task, rates, keys, rows)
+    matrix = project + merge + mlp
+    cast = project_cast + merge_cast + mlp_cast
+    attention, attention_backward = _attention(task, rates, shared, keys)
+    spread = np.where(task.sequence_parallel > 0, tensor, 1.0)
+    # two norms and two residual sums over the hidden width, rotation of queries and keys
+    smooth = rows * (20 * task.hidden / spread + 4 * queries) + activation
+    element = (smooth * rates.traffic + cast) / rates.memory
+
+    reduce = 2 * gather_seconds(rates, rows * task.hidden * 2, tensor, np.ones_like(tensor))
+    tensor_pass = 2 * reduce * rates.tensor_exposed
+    keys_values = rows * keys.context * 2 * task.kv_heads * task.head_dim / tensor * 2
+    ring = gather_seconds(rates, keys_values, keys.context, tensor)
+    # the ring hides behind attention, except for the share that overlap costs
+    context = np.maximum(ring - attention, 0.0) + rates.exposed * np.minimum(ring, attention)
+
+    full, selective = keys.recompute == 2, keys.recompute == 1
+    again_matrix = np.where(full, 1.0, np.where(selective, rates.selective_matrix, 0.0))
+    again_attention = np.where(full, 1.0, np.where(selective, rates.selective_attention, 0.0))
+    again_element = np.where(full | (selective & (rates.selective_matrix > 0)), 1.0, 0.0)
+    redo = again_matrix * matrix + again_attention * attention + again_element * element
+    redo_wait = np.where(full, tensor_pass + context + exchange, 0.0)
+
+    busy_forward = matrix + attention + element
+    busy_backward = 2 * (matrix + element) + attention_backward
+    # Megatron's fused softmax needs micro-batch · heads per rank to be a multiple of four; the
+    # operations that stand in for it are launched one by one
+    split = (task.flash == 0) & ((keys.micro_batch * task.heads / tensor) % 4 != 0)
+    host = rates.host * (1 + shared.host_growth * np.log2(tensor))
+    host = host * np.where(split, shared.softmax_fallback, 1.0)
+    forward = _floor(busy_forward + tensor_pass + context + exchange, FORWARD_HOST * host)
+    again = _floor(redo + redo_wait, np.where(full, RECOMPUTE_HOST * host, 0.0))
+    wait_backward = tensor_pass + 2 * context + exchange
+    backward = _floor(busy_backward + wait_backward, BACKWARD_HOST * host)
+    passes = 2.0 + full
+    return Block(
+        forward=forward,
+        backward=backward + again,
+        compute=busy_forward + busy_backward + redo,
+        tensor=passes * tensor_pass,
+        context=(passes + 1) * context,
+        expert=passes * exchange,
+        weight_gradient=matrix,
+        head=_floor(_head(task, rates, keys, rows), shared.head_host * rates.host),
+    )
+
+
+def _head(task: Task, rates: Rates, keys: Layouts, rows: Array) -> Array:
+    """Logits forward and backward, always in 16 bits, and the float32 loss over them."""
+    width = task.vocab / keys.tensor
+    edge = rates.edge
+    saturation = (1 + edge / rows) * (1 + edge / width) * (1 + edge / task.hidden)
+    product = 2 * rows * width * task.hidden * saturation / rates.matrix_16
+    return 3 * product + rows * width * LOSS_BYTES * rates.traffic / rates.memory
+
+
+def _floor(device: Array, host: Array) -> Array:
+    """Power mean of device and host time: the larger, and a little more where they are close."""
+    return (device**SMOOTH + host**SMOOTH) ** (1 / SMOOTH)

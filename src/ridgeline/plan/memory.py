@@ -1,0 +1,161 @@
+"""Memory of one device by component: the worst of the first and the last pipeline stage.
+
+States by ZeRO stage as design and arXiv:1910.02054 have them; activations as the list of tensors
+that each operation saves (arXiv:2205.05198, section 4, whose 34·s·b·h and 5·a·s/h it reproduces);
+micro-batches in flight by schedule (arXiv:2104.04473, 2205.05198 section 4.2.3 and 2401.10241).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ridgeline.plan.quantities import SCHEDULES, Array, Layouts, Rates, Table, Task
+from ridgeline.plan.step import embedding_parameters, layer_parameters
+
+FRAMEWORK_BYTES = 2.0 * 2**30
+"""Device context, communicators and libraries, which no allocator reports (assumed)."""
+FRAGMENTATION = 0.03
+"""Share of the rest that the allocator holds without use (assumed)."""
+
+
+@dataclass(frozen=True)
+class Memory(Table):
+    """Bytes on one device; they add up to `total`."""
+
+    weights: Array
+    gradients: Array
+    optimizer: Array
+    activations: Array
+    temporary: Array
+    """Gathered layers, logits, one layer's backward pass."""
+    framework: Array
+    total: Array
+
+
+def memory(task: Task, rates: Rates, layouts: Layouts) -> Memory:
+    """The memory of every row."""
+    chunks, pipeline = layouts.interleave, layouts.pipeline
+    layers = np.ceil(task.layers / (pipeline * chunks)) * chunks
+    common, routed = layer_parameters(task, layouts.tensor, layouts.expert)
+    embedding = task.vocab * task.hidden / layouts.tensor
+    parameters = layers * (common + routed) + embedding_parameters(task, layouts)
+    biggest = np.maximum(common + routed, embedding)
+
+    kept, live = layer_activations(task, rates, layouts)
+    micro_batches = task.global_batch / (layouts.data * layouts.micro_batch)
+    first = kept * layers / chunks * in_flight(layouts, micro_batches)
+    last = kept * layers / chunks * in_flight(layouts, micro_batches, pipeline - 1)
+    rows = layouts.micro_batch * task.sequence / layouts.context
+    logits = rows * task.vocab / layouts.tensor * task.logit_bytes
+    # logits are gone before the last stage's backward pass needs its largest layer
+    at_last = last + np.maximum(logits, live)
+    at_first = first + live
+    worst = np.maximum(at_first, at_last)
+    activations = np.where(at_first >= at_last, first, last)
+    return _added_up(task, layouts, parameters, biggest, activations, worst - activations)
+
+
+def _added_up(
+    task: Task,
+    layouts: Layouts,
+    parameters: Array,
+    biggest: Array,
+    activations: Array,
+    working: Array,
+) -> Memory:
+    """All components, from the parameters of a stage, its largest unit and its activations."""
+    zero, group = layouts.zero, layouts.shard_group
+    weights = parameters * np.where(zero == 3, 0.0, task.weight_bytes)
+    gradients = parameters * task.gradient_bytes / np.where(zero >= 2, group, 1.0)
+    optimizer = parameters * task.master_bytes / np.where(zero >= 1, group, 1.0)
+    # ZeRO-3 has two layers gathered at a time; ZeRO-2 and -3 one layer's gradients still whole
+    gathered = np.where(zero == 3, 2 * biggest * task.weight_bytes, 0.0)
+    gathered = gathered + np.where(zero >= 2, biggest * task.gradient_bytes, 0.0)
+    temporary = gathered + working
+    used = weights + gradients + optimizer + activations + temporary
+    framework = np.full_like(used, FRAMEWORK_BYTES) + FRAGMENTATION * used
+    return Memory(
+        weights, gradients, optimizer, activations, temporary, framework, used + framework
+    )
+
+
+def layer_activations(task: Task, rates: Rates, layouts: Layouts) -> tuple[Array, Array]:
+    """Bytes that one layer keeps per micro-batch, and those its backward pass needs at once."""
+    rows = layouts.micro_batch * task.sequence / layouts.context
+    tensor = layouts.tensor
+    spread = np.where(task.sequence_parallel > 0, tensor, 1.0)
+    gates = task.mlp_matrices - 1
+    hidden = 2 * rows * task.hidden / spread
+    queries = 2 * rows * (task.heads + 2 * task.kv_heads) * task.head_dim / tensor
+    out = 2 * rows * task.heads * task.head_dim / tensor
+    scores = rows * task.sequence * task.heads / tensor
+    plain = np.where(task.flash > 0, 4 * rows * task.heads / tensor, 5 * scores)
+    masks = task.dropout * rows * task.hidden / spread * 2
+    experts = np.where(task.experts > 0, 1 - task.dense_layers / task.layers, 0.0)
+    width = (1 - experts) * task.ffn / tensor + experts * (
+        task.top_k + task.shared_experts
+    ) * task.expert_ffn / tensor
+    inner = 2 * rows * width
+    # norm in and out twice, queries to values, attention out, up (and gate), activation out
+    whole = 4 * hidden + queries + out + plain + masks + (gates + 1) * inner
+    megatron = whole - np.where(task.flash > 0, 0.0, plain)
+    # every other product's output and attention's are kept, the rest is computed again
+    by_product = hidden + out + 0.5 * (queries + 2 * hidden + gates * inner)
+    selective = np.where(rates.selective_matrix > 0, by_product, megatron)
+    kept = np.where(
+        layouts.recompute == 2, hidden, np.where(layouts.recompute == 1, selective, whole)
+    )
+    again = whole - kept
+    return kept, again + 2 * gates * inner + 2 * hidden
+
+
+def in_flight(layouts: Layouts, micro_batches: Array, rank: Array | float = 0.0) -> Array:
+    """Chunks of a micro-batch that a pipeline rank holds at once, at most.
+
+    1F1B: min(m, p - i), interleaved (v - 1)·p + 2·(p - i - 1) + 1 (arXiv:2104.04473). Zero-bubble
+    schedules keep as much on every rank as on the first, GPipe all there is.
+    """
+    every = micro_batches * layouts.interleave
+    one_by_one = layouts.schedule == SCHEDULES.index("1f1b")
+    less = np.where(one_by_one, rank * np.minimum(layouts.interleave, 2), 0.0)
+    warm = np.minimum(every, _warm(layouts) - less)
+    return np.where(layouts.schedule == SCHEDULES.index("gpipe"), every, warm)
+
+
+def _warm(layouts: Layouts) -> Array:
+    """Chunks in flight on the first rank once the pipeline is full."""
+    pipeline, chunks, code = layouts.pipeline, layouts.interleave, layouts.schedule
+    warm = np.where(chunks > 1, pipeline * chunks + pipeline - 1, pipeline)
+    warm = np.where(code == SCHEDULES.index("zbv"), 2 * pipeline, warm)
+    return np.where(code == SCHEDULES.index("dualpipev"), 2 * pipeline + 1, warm)
+
+
+def stage_memory(task: Task, rates: Rates, layout: Layouts) -> Memory:
+    """The memory of every pipeline stage of one layout, first to last.
+
+    `memory` is that of the fullest one, with the layers of the longest stage wherever it stands.
+    """
+    stages = int(layout.pipeline[0])
+    index = np.arange(float(stages))
+    one = layout.take(np.zeros(stages, dtype=np.intp))
+    chunks, pipeline = one.interleave, one.pipeline
+    even = np.floor(task.layers / (pipeline * chunks)) * chunks
+    # what does not divide goes to the first stages, a layer each
+    layers = even + np.clip(task.layers - even * pipeline - index * chunks, 0, chunks)
+    folded = one.schedule >= SCHEDULES.index("zbv")
+    first, last = index == 0, np.where(folded, index == 0, index == stages - 1)
+    common, routed = layer_parameters(task, one.tensor, one.expert)
+    embedding = task.vocab * task.hidden / one.tensor
+    most = embedding_parameters(task, one) / embedding
+    copies = np.where(first & last, most, np.where(first | last, 1.0, 0.0))
+    parameters = layers * (common + routed) + copies * embedding
+    biggest = np.where(copies > 0, np.maximum(common + routed, embedding), common + routed)
+    micro_batches = task.global_batch / (one.data * one.micro_batch)
+    ahead = in_flight(one, micro_batches, index)
+    kept, live = layer_activations(task, rates, one)
+    activations = kept * layers / chunks * ahead
+    rows = one.micro_batch * task.sequence / one.context
+    logits = np.where(last, rows * task.vocab / one.tensor * task.logit_bytes, 0.0)
+    return _added_up(task, one, parameters, biggest, activations, np.maximum(logits, live))
