@@ -16,7 +16,9 @@ from ridgeline.train.worker import Outcome
 
 
 def test_the_public_names_are_these() -> None:
-    assert ridgeline.__all__ == ["prepare", "read_run", "report", "sample", "train"]
+    assert ridgeline.__all__ == [
+        "plan", "prepare", "read_run", "report", "sample", "train", "validate",
+    ]  # fmt: skip
     for name in ridgeline.__all__:
         verb = getattr(ridgeline, name)
         assert isinstance(verb, FunctionType), name
@@ -27,8 +29,13 @@ def test_the_public_names_are_these() -> None:
     ("verb", "signature"),
     [
         (ridgeline.read_run, "(path: 'Path | str', overrides: 'Sequence[str]' = ()) -> 'Run'"),
-        (ridgeline.prepare, "(run: 'Run', **options: 'Any') -> 'Manifest'"),
-        (ridgeline.train, "(run: 'Run', **parts: 'Any') -> 'Outcome'"),
+        (ridgeline.prepare, "(run: 'Run', console: 'Console | None' = None) -> 'Manifest'"),
+        (
+            ridgeline.train,
+            "(run: 'Run', *, decoder: 'MakeDecoder | None' = None, "
+            "loss: 'LossFunction | None' = None, "
+            "optimizer: 'MakeOptimizer | None' = None) -> 'Outcome'",
+        ),
         (ridgeline.sample, "(folder: 'Path', prompt: 'str', **options: 'Any') -> 'str'"),
         (ridgeline.report, "(folder: 'Path') -> 'Path'"),
     ],

@@ -20,10 +20,10 @@ from ridgeline.data.prepare import prepare
 from ridgeline.errors import LayoutError, NotLearnt
 from ridgeline.layout.arithmetic import check
 from ridgeline.layout.layout import Layout
+from ridgeline.layout.trainable import trainable
 from ridgeline.model.counts import flops_per_token, parameters
 from ridgeline.model.decoder import Decoder
 from ridgeline.run import Data, Run
-from ridgeline.train.parallelize import trainable
 from ridgeline.train.resolve import Host, resolve
 from ridgeline.train.schedule import (
     batch_at,

@@ -17,11 +17,14 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from rich.console import Console
+
     from ridgeline.data.manifest import Manifest
     from ridgeline.plan.plan import Plan
     from ridgeline.plan.validate import Validation
     from ridgeline.run import Run
-    from ridgeline.train.worker import Outcome
+    from ridgeline.train.loop import LossFunction
+    from ridgeline.train.worker import MakeDecoder, MakeOptimizer, Outcome
 
 __all__ = ["plan", "prepare", "read_run", "report", "sample", "train", "validate"]
 
@@ -33,17 +36,24 @@ def read_run(path: Path | str, overrides: Sequence[str] = ()) -> Run:
     return read(path, overrides)
 
 
-def prepare(run: Run, **options: Any) -> Manifest:
+def prepare(run: Run, console: Console | None = None) -> Manifest:
     """Tokenize a run's corpora into shards; see `ridgeline.data.prepare.prepare`."""
     from ridgeline.data.prepare import prepare as make
 
-    return make(run.data, run.model.vocab, run.seed, **options)
+    return make(run.data, run.model.vocab, run.seed, console)
 
 
-def train(run: Run, **parts: Any) -> Outcome:
-    """Train a run, with `decoder`, `loss` and `optimizer` of one's own if given.
+def train(
+    run: Run,
+    *,
+    decoder: MakeDecoder | None = None,
+    loss: LossFunction | None = None,
+    optimizer: MakeOptimizer | None = None,
+) -> Outcome:
+    """Train a run, with a decoder, loss or optimizer of one's own where given.
 
-    See `ridgeline.train.start.train`.
+    `decoder(shape)` makes the model, `loss(logits_BLV, targets_BL)` sums over tokens, and
+    `optimizer(model, settings)` makes the optimizer; see `ridgeline.train.start.train`.
     """
     from ridgeline.launch.local import started_by_launcher, warm_up
 
@@ -51,7 +61,9 @@ def train(run: Run, **parts: Any) -> Outcome:
         warm_up()  # the fork server imports torch while this process does
     from ridgeline.train.start import train as start
 
-    return start(run, **parts)
+    parts = {"decoder": decoder, "loss": loss, "optimizer": optimizer}
+    own: Any = {name: part for name, part in parts.items() if part is not None}
+    return start(run, **own)
 
 
 def sample(folder: Path, prompt: str, **options: Any) -> str:

@@ -89,3 +89,18 @@ def test_ctrl_c_and_sigterm_save_and_the_resumed_run_is_the_run_that_was_not_sto
     assert [row["loss"] for row in rows_of(run, "loss")] == [
         row["loss"] for row in rows_of(whole, "loss")
     ]
+
+
+def test_a_killed_command_takes_its_workers_with_it(
+    whole: Run, tmp_path: Path, make_tiny_run: MakeRun, start_command: StartCommand
+) -> None:
+    """Else they would train on unseen, into a folder that the next command takes over."""
+    assert whole.path.exists()
+    run = make_tiny_run(tmp_path, **SLOW | {"budget": {"steps": 100_000}})
+    (tmp_path / "run.toml").write_text(run.to_toml())
+    command = start_command("train", tmp_path / "run.toml")
+    # The workers hold the other end of stdout: it closes when the last of them has ended.
+    train_until(command, 1, lambda parent: os.kill(parent, signal.SIGKILL))
+    assert command.returncode == -signal.SIGKILL
+    steps = (run.path / "metrics.jsonl").read_text().count('"loss"')
+    assert steps < 100

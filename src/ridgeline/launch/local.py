@@ -14,6 +14,7 @@ import multiprocessing.forkserver
 import os
 import signal
 import tempfile
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -115,6 +116,7 @@ def _guarded(
     function: Callable[..., Any], arguments: tuple[Any, ...], stop: StopFlag, faults: Path
 ) -> Any:
     """Call `function` in a worker; a RidgelineError is left for the parent to raise again."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         return function(*arguments, stop)
     except errors.RidgelineError as error:
@@ -123,6 +125,18 @@ def _guarded(
         partial.write_text(json.dumps(record))
         partial.rename(partial.with_suffix(".fault"))
         raise SystemExit(error.exit_status) from None
+
+
+def _end_with_parent() -> None:
+    """End this process at once when the one that started it dies.
+
+    Otherwise workers of a killed command would train on unseen, into a folder that the next
+    command takes over, and at their end wait for the dead forever.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 @contextmanager

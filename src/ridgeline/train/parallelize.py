@@ -13,7 +13,6 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from ridgeline.errors import LayoutError
 from ridgeline.layout.layout import Layout
 from ridgeline.torch_compat import replicate
 
@@ -32,17 +31,6 @@ class Mesh:
     def data(self) -> DeviceMesh:
         """The data axis."""
         return self.devices["data"]
-
-
-def trainable(layout: Layout) -> None:
-    """Raise LayoutError when PyTorch and this code cannot train `layout`."""
-    alone = Layout(data=layout.data, micro_batch=layout.micro_batch, precision=layout.precision)
-    if layout != alone or layout.precision not in ("auto", "fp32", "bf16"):
-        raise LayoutError(
-            f"training layout '{layout}'",
-            "this version trains data-parallel layouts: dp, mb, and fp32 or bf16",
-            f"'{Layout(data=layout.world, micro_batch=layout.micro_batch, precision='bf16')}'",
-        )
 
 
 def make_mesh(layout: Layout, device: torch.device, rank: int) -> Mesh:

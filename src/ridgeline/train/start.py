@@ -17,13 +17,13 @@ from ridgeline.launch.local import (
 )
 from ridgeline.layout.arithmetic import check
 from ridgeline.layout.layout import Layout
+from ridgeline.layout.trainable import trainable
 from ridgeline.machine.device import device as device_named
 from ridgeline.model.decoder import Decoder
 from ridgeline.run import Run
 from ridgeline.train.folder import check_folder, describe_environment, locked, write_folder
 from ridgeline.train.loop import LossFunction
 from ridgeline.train.optimizer import adamw, token_loss
-from ridgeline.train.parallelize import trainable
 from ridgeline.train.resolve import Host, resolve, this_host
 from ridgeline.train.schedule import batch_unit
 from ridgeline.train.worker import (
