@@ -23,6 +23,7 @@ __all__ = [
     "Unfilled",
     "drop_gathered",
     "multiplies_bf16",
+    "name_of",
     "peak_memory_bytes",
     "replicate",
     "set_gradient_sync",
@@ -72,6 +73,13 @@ def peak_memory_bytes(device: torch.device) -> int | None:
     if device.type == "cpu":
         return None
     return torch.accelerator.max_memory_allocated()
+
+
+def name_of(device: torch.device) -> str:
+    """What an accelerator calls itself, by its module's own word; empty for a CPU."""
+    if device.type == "cpu":
+        return ""
+    return str(torch.get_device_module(device).get_device_name(device))
 
 
 def multiplies_bf16(device: torch.device) -> bool:

@@ -41,6 +41,8 @@ def test_an_unknown_device_names_the_nearest() -> None:
     [
         ("NVIDIA H100 80GB HBM3", "H100-SXM-80GB"),
         ("NVIDIA H200", "H200-SXM-141GB"),
+        ("NVIDIA GB200", "GB200"),
+        ("NVIDIA GH200 120GB", "GH200-96GB"),
         ("NVIDIA A100-SXM4-40GB", "A100-SXM-40GB"),
         ("AMD Instinct MI250X", "MI250X-GCD"),
         ("AMD Instinct MI300X", "MI300X"),

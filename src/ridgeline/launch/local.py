@@ -91,7 +91,7 @@ def run_workers(function: Callable[..., Any], arguments: tuple[Any, ...], proces
     for chatty in ("torch.distributed.elastic", "torch.multiprocessing"):
         logging.getLogger(chatty).setLevel(logging.CRITICAL)
     stop = multiprocessing.get_context("forkserver").Event()
-    with tempfile.TemporaryDirectory(prefix="ridgeline-") as folder, _signals_set(stop):
+    with tempfile.TemporaryDirectory(prefix="ridgeline-") as folder, stop_on_signals(stop):
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -140,8 +140,8 @@ def _end_with_parent() -> None:
 
 
 @contextmanager
-def _signals_set(stop: StopFlag) -> Iterator[None]:
-    """While workers run, SIGINT and SIGTERM set `stop` instead of ending this process."""
+def stop_on_signals(stop: StopFlag) -> Iterator[None]:
+    """SIGINT and SIGTERM set `stop` instead of ending this process: a wish to end after a step."""
 
     def handler(number: int, frame: FrameType | None) -> None:
         stop.set()

@@ -9,9 +9,31 @@ from importlib import resources
 from typing import Any
 
 from ridgeline.errors import MachineError, nearest
+from ridgeline.machine.local import is_local, local_row, unreadable
 
 ORIGINS = ("read", "measured", "assumed")
 """How a number of the catalogue is known."""
+
+
+PROBED_HEAD_DIM = 64
+"""Head width at which the probe measures attention."""
+
+
+@dataclass(frozen=True)
+class Effective:
+    """What a device reaches in one precision, as `ridgeline probe` measures it."""
+
+    matrix_flops: float
+    """FLOP/s of large linear layers, forward and backward."""
+    edge: float
+    """Width at which a matrix product reaches half that rate."""
+    attention_flops: float
+    """FLOP/s of causal fused attention over long sequences at PROBED_HEAD_DIM, forward and
+    backward, counted as three times the forward pass over half of the square."""
+    traffic: float
+    """Time of element-wise work over that of moving its fewest bytes through memory."""
+    host_s: float
+    """Seconds of dispatching the operations of one layer, forward and backward."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +54,8 @@ class Device:
     """Power of an idle device."""
     origins: dict[str, str] = field(default_factory=dict)
     """How each number is known: read, measured or assumed."""
+    effective: dict[str, Effective] = field(default_factory=dict)
+    """By precision; empty in the catalogue: only `ridgeline probe` measures it."""
 
 
 def devices() -> dict[str, Device]:
@@ -40,7 +64,16 @@ def devices() -> dict[str, Device]:
 
 
 def device(name: str) -> Device:
-    """The device called `name`. Raises MachineError for an unknown or ambiguous name."""
+    """The device called `name`; `local` is this machine, where it was measured.
+
+    Raises MachineError for an unknown or ambiguous name, and a bad machine file.
+    """
+    if is_local(name):
+        row = local_row("devices", name)
+        try:
+            return _device(name, row)
+        except (KeyError, TypeError, ValueError, AttributeError) as fault:
+            raise unreadable(name, fault) from None
     if name == "MI250X":
         raise MachineError(
             "device 'MI250X'",
@@ -55,11 +88,17 @@ def device(name: str) -> Device:
 
 
 def recognise(reported: str) -> Device | None:
-    """The device that PyTorch reports as `reported`, or None when the catalogue lacks it."""
-    found = (
-        device for device in _devices().values() if any(n in reported for n in device.reported_as)
+    """The device that PyTorch reports as `reported`, or None when the catalogue lacks it.
+
+    The longest name that fits decides: a GB200 is no B200.
+    """
+    fitting = (
+        (len(name), device)
+        for device in devices().values()
+        for name in device.reported_as
+        if name in reported
     )
-    return next(found, None)
+    return max(fitting, key=lambda pair: pair[0], default=(0, None))[1]
 
 
 def merged(row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -91,4 +130,14 @@ def _device(name: str, row: dict[str, Any]) -> Device:
         power_w=numbers.get("power_w"),
         idle_w=numbers.get("idle_w"),
         origins=origins,
+        effective={
+            precision: Effective(
+                matrix_flops=told["matrix_tflops"] * 1e12,
+                edge=told["edge"],
+                attention_flops=told["attention_tflops"] * 1e12,
+                traffic=told["traffic"],
+                host_s=told["host_s"],
+            )
+            for precision, told in row.get("effective", {}).items()
+        },
     )

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -18,14 +16,19 @@ from torch import nn
 from ridgeline.data.manifest import Baselines
 from ridgeline.data.mixture import Mixture, open_mixture
 from ridgeline.errors import RunFolderError
-from ridgeline.launch.local import StopFlag, local_processes, threads_per_process
+from ridgeline.launch.local import (
+    StopFlag,
+    local_processes,
+    stop_on_signals,
+    threads_per_process,
+)
 from ridgeline.layout.layout import Layout
 from ridgeline.machine.device import device as device_named
 from ridgeline.machine.device import recognise
 from ridgeline.model.counts import flops_per_token
 from ridgeline.model.shape import ModelShape
 from ridgeline.run import Optimizer, Run
-from ridgeline.torch_compat import HashStore, Unfilled
+from ridgeline.torch_compat import HashStore, Unfilled, name_of
 from ridgeline.train import checkpoint
 from ridgeline.train.agreement import Agreement
 from ridgeline.train.checkpoint import Progress
@@ -64,7 +67,7 @@ def work(
     stop = stop or threading.Event()
     # The fork server loaded torch with threads for all cores; each worker takes its share.
     torch.set_num_threads(threads_per_process(local_processes()))
-    with _process_group() as (device, control), _stop_on_signals(stop):
+    with _process_group() as (device, control), stop_on_signals(stop):
         assert isinstance(run.layout, Layout)
         mesh = make_mesh(run.layout, device, dist.get_rank())
         mixture = mixture_of(run)
@@ -141,21 +144,6 @@ def _process_group() -> Iterator[tuple[torch.device, dist.ProcessGroup | None]]:
         dist.destroy_process_group()
 
 
-@contextmanager
-def _stop_on_signals(stop: StopFlag) -> Iterator[None]:
-    """SIGINT and SIGTERM become a wish to stop after the current step."""
-
-    def handler(number: int, frame: FrameType | None) -> None:
-        stop.set()
-
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)
-
-
 def _resume(job: Job, group: dist.ProcessGroup | None) -> Progress:
     """Restore the newest checkpoint of the run's folder, if there is one."""
     path = checkpoint.newest(checkpoints_of(job.run.path))
@@ -174,15 +162,26 @@ def _resume(job: Job, group: dist.ProcessGroup | None) -> Progress:
     return progress
 
 
+def peak_flops(run: Run, device: torch.device) -> float | None:
+    """Peak of the device the run is on, in its precision; None where that is not known.
+
+    A CPU does not say what it is: it is the cluster's device when that is a CPU of the catalogue
+    (one that no accelerator reports to be).
+    """
+    assert isinstance(run.layout, Layout)
+    known = recognise(name_of(device)) if device.type != "cpu" else None
+    if device.type == "cpu" and run.cluster.device != "local":
+        declared = device_named(run.cluster.device)
+        known = None if declared.reported_as else declared
+    return known.peak_flops.get(run.layout.precision) if known else None
+
+
 def _recorder(job: Job, progress: Progress) -> Recorder:
     """Rank 0's recorder, after saying what is trained and what was restored."""
     run, device = job.run, job.mesh.device
     drop_after(run.path / "metrics.jsonl", progress.step)
-    assert isinstance(run.layout, Layout)
-    known = recognise(torch.accelerator.get_device_name()) if device.type != "cpu" else None  # type: ignore[attr-defined]
-    known = device_named(run.cluster.device) if run.cluster.device != "local" else known
-    peak = known.peak_flops.get(run.layout.precision) if known else None
-    recorder = Recorder(run, device, flops_per_token(run.model, run.sequence, "causal").total, peak)
+    flops = flops_per_token(run.model, run.sequence, "causal").total
+    recorder = Recorder(run, device, flops, peak_flops(run, device))
     baselines = baselines_of(run, job.mixture)
     parameters = sum(p.numel() for p in job.model.parameters())
     embedding = sum(
