@@ -55,4 +55,4 @@ def main(run_file: str, overrides: list[str]) -> None:
 
 
 if __name__ == "__main__":  # worker processes import this file
-    main(sys.argv[1], sys.argv[2:])
+    main(sys.argv[1] if len(sys.argv) > 1 else "examples/laptop.toml", sys.argv[2:])

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import click
 
 import ridgeline
-from ridgeline.cli_plan import plan, validate
+from ridgeline.cli_plan import NewFile, plan, probe, validate
 from ridgeline.errors import NotLearnt, RidgelineError
 
 RESUME_ME = 75
@@ -19,12 +19,16 @@ OVERRIDES = {"ignore_unknown_options": True, "allow_extra_args": True}
 
 
 def main() -> NoReturn:
-    """Run the command line; errors of the tree are one message and an exit status."""
+    """Run the command line; errors of the tree, and files that cannot be written, are one message
+    and an exit status."""
     try:
         verbs(prog_name="ridgeline", standalone_mode=False)
     except RidgelineError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_status)
+    except OSError as error:
+        click.echo(f"error: {error.filename or 'the system'}: {error.strerror or error}", err=True)
+        sys.exit(RidgelineError.exit_status)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
@@ -126,8 +130,8 @@ def sample(
     text = ridgeline.sample(
         folder, prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed
     )
-    (folder / "sample.txt").write_text(text + "\n", encoding="utf-8")
     click.echo(text)
+    (folder / "sample.txt").write_text(text + "\n", encoding="utf-8")
 
 
 @verbs.command()
@@ -190,6 +194,7 @@ def cost(as_json: bool, **asked: Any) -> None:
 
 verbs.add_command(plan)
 verbs.add_command(validate)
+verbs.add_command(probe)
 
 
 @verbs.command()
@@ -199,8 +204,8 @@ verbs.add_command(validate)
 @click.option("--backward-input", "backward_input_s", default=1.0, show_default=True)
 @click.option("--backward-weight", "backward_weight_s", default=1.0, show_default=True)
 @click.option("--send", "send_s", default=0.0, show_default=True, help="Seconds between ranks.")
-@click.option("--svg", type=click.Path(path_type=Path), help="Write a picture.")
-@click.option("--trace", type=click.Path(path_type=Path), help="Write a trace for ui.perfetto.dev.")
+@click.option("--svg", type=NewFile(), help="Write a picture.")
+@click.option("--trace", type=NewFile(), help="Write a trace for ui.perfetto.dev.")
 def pipeline(layout: str, micro_batches: int, **options: Any) -> None:
     """Replay the pipeline schedule of LAYOUT: idle time, activations kept, pictures.
 

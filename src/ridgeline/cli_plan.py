@@ -1,8 +1,9 @@
-"""The verbs `plan` and `validate`."""
+"""The verbs `plan`, `validate` and `probe`."""
 
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,25 @@ if TYPE_CHECKING:
     from ridgeline.plan.cost import Rates
     from ridgeline.plan.plan import Question
     from ridgeline.run import Run
+
+
+class NewFile(click.Path):
+    """A file to write: what would fail after the work is refused before it."""
+
+    def __init__(self) -> None:
+        super().__init__(dir_okay=False, writable=True, path_type=Path)
+
+    def convert(
+        self,
+        value: str | os.PathLike[str],
+        param: click.Parameter | None,
+        ctx: click.Context | None,
+    ) -> Path:
+        """The path, if its folder is there and can be written to."""
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        if not os.access(path.parent, os.W_OK):
+            self.fail(f"{path}: there is no folder {path.parent} to write to", param, ctx)
+        return path
 
 
 @click.command()
@@ -34,9 +54,9 @@ if TYPE_CHECKING:
 @click.option("--sensitivity", is_flag=True, help="Which knob matters most, over all that fit.")
 @click.option("--scale", help="Numbers of devices to plan as well: 1024,2048,4096.")
 @click.option("--weak", is_flag=True, help="With --scale: the batch grows with the devices.")
-@click.option("--picture", type=click.Path(path_type=Path), help="SVG of the best's pipeline.")
-@click.option("--trace", type=click.Path(path_type=Path), help="Its step for ui.perfetto.dev.")
-@click.option("--write", type=click.Path(path_type=Path), help="Write a run file to train.")
+@click.option("--picture", type=NewFile(), help="SVG of the best's pipeline.")
+@click.option("--trace", type=NewFile(), help="Its step for ui.perfetto.dev.")
+@click.option("--write", type=NewFile(), help="Write a run file to train.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, in SI units.")
 def plan(
     what: str,
@@ -72,7 +92,11 @@ def plan(
     from ridgeline.plan.amounts import count_of
     from ridgeline.plan.cost import Rates
     from ridgeline.plan.plan import plan as search
+    from ridgeline.plan.plan import with_own_layout
 
+    if failures is not None and (checkpoint is None or restart is None):
+        raise click.UsageError("what --failures cost needs --checkpoint and --restart, in seconds")
+    sizes = [count_of(size, "devices", "1024") for size in scale.split(",")] if scale else []
     prices = Rates(
         price_per_hour=price_per_hour,
         currency=currency,
@@ -81,7 +105,9 @@ def plan(
         restart_s=restart,
     )
     asked, run = _question(what, machine, tokens, batch, sequence, precision, stack, prices)
-    own = None if run is None or run.layout == "auto" else run.layout
+    own = None
+    if run is not None:
+        asked, own = with_own_layout(asked, run, machine)
     found = search(asked, top=top, rank=rank, layout=own)  # type: ignore[arg-type]
     if write is not None:
         write.write_text(plan_text.run_of(found, run), encoding="utf-8")
@@ -100,8 +126,7 @@ def plan(
         if sensitivity:
             click.echo("\n" + explore.sensitivity_table(explore.sensitivity(asked)))
         if scale:
-            sizes = [count_of(size, "devices") for size in scale.split(",")]
-            click.echo("\n" + explore.table(explore.scaling(asked, sizes, weak)))
+            click.echo("\n" + explore.table(explore.scaling(asked, sizes, weak), sizes))
     if write is not None:
         click.echo(f"wrote {write}")
 
@@ -171,3 +196,41 @@ def validate(files: tuple[Path, ...], as_json: bool, rows: bool) -> None:
         click.echo(json.dumps(summary(found), indent=2, allow_nan=False))
         return
     click.echo(table(found, rows))
+
+
+@click.command()
+@click.option("--processes", help="Numbers of processes to measure with: 1,2,4.")
+@click.option("--output", type=NewFile(), help="File to write instead of the user's own.")
+def probe(processes: str | None, output: Path | None) -> None:
+    """Measure this machine, within a minute, so that `local` can be planned on.
+
+    Matrix products by precision, memory, attention, dispatch, and gloo's collectives, with one
+    process and with as many as training starts. It should do nothing else meanwhile.
+
+    \b
+    Example:
+      ridgeline probe
+      ridgeline plan examples/laptop.toml
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from ridgeline.machine import probe as measure
+    from ridgeline.machine.local import local_file
+    from ridgeline.plan.amounts import count_of
+
+    usual = measure.usual_processes()
+    counts = [count_of(n, "processes") for n in processes.split(",")] if processes else usual
+    sizes = measure.Sizes()
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("probing", total=1.0)
+        found = measure.probe(
+            counts, sizes, lambda what, share: bar.update(task, description=what, completed=share)
+        )
+    for each in found:
+        click.echo(f"{each.processes} of these at a time, {each.threads} threads each")
+        for name, value in measure.figures(each, sizes):
+            click.echo(f"  {name:28} {value:>20}")
+    file = output or local_file()
+    measure.write_machine(found, sizes, file)
+    click.echo(f"wrote {file}")

@@ -6,6 +6,7 @@ written into the run's folder fully resolved. Nothing else configures the progra
 
 from __future__ import annotations
 
+import difflib
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -20,13 +21,13 @@ from ridgeline.layout.layout import Layout, words_of
 from ridgeline.model.catalogue import expand
 from ridgeline.model.shape import ModelShape
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
-PositiveInt = Annotated[int, Field(ge=1)]
-NaturalInt = Annotated[int, Field(ge=0)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
-NaturalFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1, strict=True)]
+PositiveInt = Annotated[int, Field(ge=1, strict=True)]
+NaturalInt = Annotated[int, Field(ge=0, strict=True)]
+Seed = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
+Decay = Annotated[float, Field(ge=0, lt=1, strict=True)]
+NaturalFloat = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 
 
@@ -321,10 +322,9 @@ def read_run(path: Path | str, overrides: Sequence[str] = ()) -> Run:
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        near = sorted(str(p) for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
-        raise RunError(
-            f"run file {path}", "there is no such file", nearest(str(path), near) if near else ""
-        ) from None
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")])
+        remedy = f"did you mean {str(path.parent / near[0])!r}?" if near else ""
+        raise RunError(f"run file {path}", "there is no such file", remedy) from None
     except (OSError, UnicodeDecodeError) as fault:
         raise RunError(f"run file {path}", f"it cannot be read: {fault}", "") from None
     except tomllib.TOMLDecodeError as fault:
@@ -415,6 +415,8 @@ def _teach(fault: ValidationError, where: str) -> RidgelineError:
             remedy = remedy or nearest(path[-1], known)
         elif problem["type"] == "missing":
             lines.append(f"{name} is missing")
+        elif problem["type"] == "default_factory_not_called":
+            continue  # a field that is derived from one of the missing
         elif problem["type"] != "literal_error" or path != ["layout"]:
             lines.append(f"{name} = {problem['input']!r}: {problem['msg']}")
     return RunError(where, "; ".join(lines), remedy)

@@ -55,7 +55,7 @@ def test_layout_divides_model_sequence_batch_and_devices(run: Run) -> None:
         resolved.model,
         resolved.sequence,
         resolved.global_batch,
-        resolved.cluster.devices,
+        resolved.cluster.devices or None,
     )
 
 

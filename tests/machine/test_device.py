@@ -11,7 +11,7 @@ from ridgeline.machine.device import device, devices, recognise
 def test_every_device_has_its_peaks_and_their_source() -> None:
     for name, found in devices().items():
         assert found.source
-        assert set(found.peak_flops) <= {"bf16", "fp16", "fp8", "fp32", "fp64"}
+        assert set(found.peak_flops) <= {"bf16", "fp16", "fp4", "fp8", "fp32", "fp64"}
         # Nothing computes below 1 TFLOP/s or, per device, above 20 PFLOP/s dense: a slip of units.
         assert all(1e12 < peak < 20e15 for peak in found.peak_flops.values()), name
 

@@ -134,8 +134,8 @@ def forget_a_tensor(path: Path) -> None:
         (remove, "is missing"),
         (remove_the_manifest, "no readable manifest"),
         (cut_the_manifest, "no readable manifest"),
-        (write_a_foreign_manifest, "its format is not ridgeline-checkpoint-1"),
-        (write_a_list, "its format is not ridgeline-checkpoint-1"),
+        (write_a_foreign_manifest, "its manifest is not one of ridgeline-checkpoint-1"),
+        (write_a_list, "its manifest is not one of ridgeline-checkpoint-1"),
         (forget_a_tensor, "it has no 'half'"),
     ],
 )

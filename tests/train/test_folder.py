@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from ridgeline.errors import RunFolderError
+from ridgeline.errors import LaunchError, RunFolderError
 from ridgeline.run import Run, read_run
 from ridgeline.train.folder import (
     LOCK,
@@ -44,7 +44,8 @@ def test_the_run_in_the_folder_is_the_run(tiny_run: MakeRun) -> None:
     assert read_run(run.path / "run.toml") == run
     assert json.loads((run.path / "environment.json").read_text()) == {"host": "here"}
     assert (run.path / "checkpoints").is_dir()
-    assert "# the layout's dp·cp·tp·pp" in (run.path / "run.toml").read_text()
+    assert 'layout = "dp2' in (text := (run.path / "run.toml").read_text())
+    assert "one process per NUMA domain" in text
 
 
 def test_a_new_budget_or_layout_is_kept_as_the_next_run_file(tiny_run: MakeRun) -> None:
@@ -155,11 +156,15 @@ def test_a_refusal_leaves_no_folder_behind_and_a_failure_keeps_what_was_written(
     folder = tmp_path / "run"
     with pytest.raises(RunFolderError), locked(folder):
         (folder / "checkpoints").mkdir()
+        (folder / "run.toml").write_text("")
         raise RunFolderError("refused")
     assert not folder.exists()
-    with pytest.raises(RunFolderError), locked(folder):
+    with pytest.raises(LaunchError), locked(folder):
         (folder / "metrics.jsonl").write_text("{}")
-        raise RunFolderError("failed later")
+        raise LaunchError("a worker died")
+    assert [p.name for p in folder.iterdir()] == ["metrics.jsonl"]
+    with pytest.raises(RunFolderError), locked(folder):
+        raise RunFolderError("refused, into a folder that was there")
     assert [p.name for p in folder.iterdir()] == ["metrics.jsonl"]
 
 

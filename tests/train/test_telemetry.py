@@ -159,3 +159,12 @@ def test_the_clock_adds_up_phases_and_starts_again() -> None:
 def test_memory_on_a_cpu_is_what_the_process_holds() -> None:
     held = memory_bytes(torch.device("cpu"))
     assert 2**26 < held < 2**36  # torch alone takes more than 64 MiB
+
+
+def test_what_is_not_a_number_is_null_in_the_metrics(tiny_run: MakeRun) -> None:
+    run = tiny_run()
+    run.path.mkdir(parents=True)
+    with recorder(run) as opened:
+        opened.write({"step": 1, "held_out": {"code": float("nan"), "prose": 2.0}, "loss": 1e400})
+    text = (run.path / "metrics.jsonl").read_text()
+    assert json.loads(text) == {"step": 1, "held_out": {"code": None, "prose": 2.0}, "loss": None}

@@ -217,7 +217,10 @@ def _text_of(line: bytes, text_field: str, path: Path, at: int) -> str:
 
     try:
         record = json.loads(line)
-    except ValueError as error:  # of which JSONDecodeError and UnicodeDecodeError are kinds
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # of which JSONDecodeError and UnicodeDecodeError are kinds
         raise fail(f"each line is one JSON object in UTF-8: {error}", "repair the line") from error
     if not isinstance(record, dict) or text_field not in record:
         keys = record.keys() if isinstance(record, dict) else ()

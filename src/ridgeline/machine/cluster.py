@@ -11,6 +11,14 @@ from typing import Any
 
 from ridgeline.errors import MachineError, nearest
 from ridgeline.machine.device import Device, device, devices, merged
+from ridgeline.machine.local import (
+    LOCAL,
+    is_local,
+    local_name,
+    local_processes,
+    local_row,
+    unreadable,
+)
 
 
 @dataclass(frozen=True)
@@ -22,6 +30,8 @@ class Node:
     """(ranks, bytes per second): within so many neighbouring ranks each has that rate, one way."""
     overhead_w: float | None = None
     """Power of the node beside its devices."""
+    hop_s: float | None = None
+    """Latency of one hop of a collective within the node; None: not known of this machine."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +75,15 @@ def cluster(name: str) -> Cluster:
     """The cluster of that name, or the one that stands for the device of that name.
 
     A name may be shortened to any beginning that fits one device or cluster only (`H100` is
-    H100-SXM-80GB, since that stands first among its kin). Raises MachineError.
+    H100-SXM-80GB, since that stands first among its kin); `local` is this machine, where it was
+    measured. Raises MachineError.
     """
+    if is_local(name):
+        row = local_row("clusters", name)
+        try:
+            return _cluster(name, row)
+        except (KeyError, TypeError, ValueError, AttributeError) as fault:
+            raise unreadable(name, fault) from None
     known, standing = _clusters()
     if name in known:
         return known[name]
@@ -98,9 +115,13 @@ def full_device_name(name: str) -> str:
 def parse_devices(text: str) -> tuple[int, Cluster]:
     """`16384xH100-SXM-80GB`, `3072xFrontier`: how many devices, and of which machine.
 
+    `2xlocal` is two processes on this machine, `local` as many as it was measured with.
+
     Raises MachineError for a sentence of another form, an unknown machine, and more devices than
     the machine has.
     """
+    if text.strip() == LOCAL:
+        text = f"{local_processes()}x{LOCAL}"
     match = re.fullmatch(r"([\d_,]{1,15})\s*[x×*]\s*(.+)", text.strip())
     count = int(re.sub(r"[_,]", "", match[1]) or 0) if match else 0
     if match is None or count < 1:
@@ -108,6 +129,12 @@ def parse_devices(text: str) -> tuple[int, Cluster]:
             f"machine {text!r}", "a machine is a number of devices and their name",
             "8xH100-SXM-80GB, 3072xFrontier",
         )  # fmt: skip
+    if is_local(match[2].strip()):
+        if match[2].strip() not in (LOCAL, local_name(count)):
+            raise MachineError(
+                f"machine {text!r}", "processes are counted once", f"{count}x{LOCAL}"
+            )
+        return count, cluster(local_name(count))
     found = cluster(match[2].strip())
     whole = None if found.nodes is None else found.nodes * found.node.devices
     named = match[2].strip() in _clusters()[0]
@@ -136,7 +163,7 @@ def _cluster(name: str, row: dict[str, Any]) -> Cluster:
     return Cluster(
         name=name,
         device=device(row["device"]),
-        node=Node(numbers["devices_per_node"], links, numbers.get("node_w")),
+        node=Node(numbers["devices_per_node"], links, numbers.get("node_w"), numbers.get("hop_s")),
         network=Network(
             numbers["nic_gb_s"] * 1e9,
             numbers.get("pod_devices"),

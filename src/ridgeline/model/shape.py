@@ -24,6 +24,14 @@ class _Table(BaseModel):
         frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
     )
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _number_is_a_number(cls, value: object, info: ValidationInfo) -> object:
+        name = str(info.field_name)
+        if isinstance(value, bool | str) and cls.model_fields[name].annotation in (int, float):
+            raise ModelError(f"{name} = {value!r}", f"{name} is a number", f"{name} = 1")
+        return value
+
     @field_validator("*")
     @classmethod
     def _large_enough(cls, value: object, info: ValidationInfo) -> object:

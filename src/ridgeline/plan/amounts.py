@@ -13,7 +13,7 @@ DECIMAL = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12, "
 MOST = 1e18
 
 
-def count_of(text: str, what: str) -> int:
+def count_of(text: str, what: str, example: str = "15T, or 15e12") -> int:
     """`15T` → 15_000_000_000_000; `1.5B`, `380e9`, `3,072` are read as well.
 
     Raises PlanError, calling the number `what`, for anything else and for less than one.
@@ -24,7 +24,7 @@ def count_of(text: str, what: str) -> int:
         raise PlanError(
             f"{what} {text!r}",
             f"a whole number from 1 to {MOST:g}; k, M, B, T, P: 1e3, 1e6, 1e9, 1e12, 1e15",
-            "15T, or 15e12",
+            example,
         )
     return int(value)
 

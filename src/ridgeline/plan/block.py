@@ -60,10 +60,45 @@ def group_rate(rates: Rates, ranks: Array, stride: Array) -> tuple[Array, Array]
     return rate, latency
 
 
+def ring_bytes(size: Array, ranks: Array) -> Array:
+    """What each rank sends in a ring all-gather or reduce-scatter of `size` bytes in all."""
+    return size * (ranks - 1) / ranks
+
+
 def gather_seconds(rates: Rates, size: Array, ranks: Array, stride: Array) -> Array:
     """A ring all-gather or reduce-scatter of `size` bytes in all over `ranks`."""
     rate, latency = group_rate(rates, ranks, stride)
-    return np.where(ranks > 1, latency + size * (ranks - 1) / ranks / rate, 0.0)
+    return np.where(ranks > 1, latency + ring_bytes(size, ranks) / rate, 0.0)
+
+
+@dataclass(frozen=True)
+class Messages(Table):
+    """Bytes, in all, of each collective of one layer's pass over one micro-batch."""
+
+    attention: Array
+    """Gathered over tensor ranks before attention: the residual stream, or its latents."""
+    hidden: Array
+    """Each of the three others: scattered after attention, gathered and scattered for the MLP."""
+    context: Array
+    """Keys and values that go round the ring of context ranks."""
+    expert: Array
+    """To the experts, and as much again back."""
+
+
+def messages(task: Task, keys: Layouts) -> Messages:
+    """The collectives of a layer, of every row of `keys`."""
+    rows = keys.micro_batch * task.sequence / keys.context
+    return Messages(
+        attention=rows * np.where(task.latent > 0, task.latent, task.hidden) * 2,
+        hidden=rows * task.hidden * 2,
+        context=rows * keys.context * task.keys_values / keys.tensor * 2,
+        expert=rows / keys.tensor * task.top_k * task.hidden * 2,
+    )
+
+
+def passes(keys: Layouts) -> Array:
+    """How often a layer's collectives run per micro-batch: forward, backward, recomputation."""
+    return np.where(keys.recompute == 2, 3.0, 2.0)
 
 
 def _product(task: Task, rates: Rates, m: Array, n: Array, k: Array) -> tuple[Array, Array]:
@@ -79,7 +114,7 @@ def _attention(task: Task, rates: Rates, shared: Shared, keys: Layouts) -> tuple
     """Seconds of the attention core, forward and backward."""
     rows = keys.micro_batch * task.sequence / keys.context
     heads = task.heads / keys.tensor
-    flops = 4 * rows * task.sequence * heads * task.head_dim
+    flops = 2 * rows * task.sequence * heads * (task.head_dim + task.value_dim)
     narrow = np.minimum(1.0, task.head_dim / 128) ** shared.narrow_heads
     # a ring's kernels see one part of the sequence at a time
     short = 1 + rates.edge * keys.context / task.sequence
@@ -108,10 +143,8 @@ def _mlp(task: Task, rates: Rates, keys: Layouts, rows: Array) -> tuple[Array, A
     inner = np.maximum(task.expert_ffn, 1.0)  # dense rows beside others have none; share is 0
     up, up_cast = _product(task, rates, each, gates * inner, task.hidden)
     down, down_cast = _product(task, rates, each, task.hidden, inner)
-    share = np.where(task.experts > 0, 1 - task.dense_layers / task.layers, 0.0)
-    exchange = 2 * gather_seconds(
-        rates, rows / keys.tensor * task.top_k * task.hidden * 2, keys.expert, keys.tensor
-    )
+    share = task.expert_layers
+    exchange = 2 * gather_seconds(rates, messages(task, keys).expert, keys.expert, keys.tensor)
     return (
         (1 - share) * seconds + share * copies / keys.tensor * (up + down),
         (1 - share) * cast + share * copies / keys.tensor * (up_cast + down_cast),
@@ -121,27 +154,55 @@ def _mlp(task: Task, rates: Rates, keys: Layouts, rows: Array) -> tuple[Array, A
     )
 
 
+def _projections(
+    task: Task, rates: Rates, keys: Layouts, rows: Array, spread: Array
+) -> tuple[Array, Array, Array]:
+    """Seconds, cast bytes and element-wise bytes from the residual stream to q, k, v and back.
+
+    Latents (arXiv:2412.19437, section 2.1.1) are made where the sequence is divided, since their
+    matrices are on every tensor rank, then gathered and expanded to each rank's heads.
+    """
+    tensor = keys.tensor
+    queries = (task.heads * task.head_dim + task.keys_values) / tensor
+    merge, merge_cast = _product(
+        task, rates, rows, task.hidden, task.heads * task.value_dim / tensor
+    )
+    direct, cast = _product(task, rates, rows, queries, task.hidden)
+    smooth = 4 * rows * queries
+    if np.any(task.latent):
+        # rows without latents beside others have widths of 0, which the formula divides by
+        both, ours, theirs = (
+            np.maximum(width, 1.0) for width in (task.latent, task.query_rank, task.kv_rank)
+        )
+        heads, expanded = task.heads / tensor, task.head_dim - task.rope_dim + task.value_dim
+        down, down_cast = _product(task, rates, rows / spread, both, task.hidden)
+        query, query_cast = _product(task, rates, rows, heads * task.head_dim, ours)
+        value, value_cast = _product(task, rates, rows, heads * expanded, theirs)
+        latent = task.latent > 0
+        direct = np.where(latent, down + query + value, direct)
+        cast = np.where(latent, down_cast + query_cast + value_cast, cast)
+        smooth = smooth + 4 * rows * task.latent / spread
+    return direct + merge, cast + merge_cast, smooth
+
+
 def block(task: Task, rates: Rates, shared: Shared, keys: Layouts) -> Block:
     """The block of every row of `keys`; of a Layouts it reads only what the module names."""
     rows = keys.micro_batch * task.sequence / keys.context
     tensor = keys.tensor
-    queries = (task.heads + 2 * task.kv_heads) * task.head_dim / tensor
-    out = task.heads * task.head_dim / tensor
-    project, project_cast = _product(task, rates, rows, queries, task.hidden)
-    merge, merge_cast = _product(task, rates, rows, task.hidden, out)
-    mlp, mlp_cast, activation, exchange = _mlp(task, rates, keys, rows)
-    matrix = project + merge + mlp
-    cast = project_cast + merge_cast + mlp_cast
-    attention, attention_backward = _attention(task, rates, shared, keys)
     spread = np.where(task.sequence_parallel > 0, tensor, 1.0)
+    project, project_cast, rotated = _projections(task, rates, keys, rows, spread)
+    mlp, mlp_cast, activation, exchange = _mlp(task, rates, keys, rows)
+    matrix, cast = project + mlp, project_cast + mlp_cast
+    attention, attention_backward = _attention(task, rates, shared, keys)
     # two norms and two residual sums over the hidden width, rotation of queries and keys
-    smooth = rows * (20 * task.hidden / spread + 4 * queries) + activation
+    smooth = rows * 20 * task.hidden / spread + rotated + activation
     element = (smooth * rates.traffic + cast) / rates.memory
 
-    reduce = 2 * gather_seconds(rates, rows * task.hidden * 2, tensor, np.ones_like(tensor))
-    tensor_pass = 2 * reduce * rates.tensor_exposed
-    keys_values = rows * keys.context * 2 * task.kv_heads * task.head_dim / tensor * 2
-    ring = gather_seconds(rates, keys_values, keys.context, tensor)
+    sent, beside = messages(task, keys), np.ones_like(tensor)
+    reduce = 3 * gather_seconds(rates, sent.hidden, tensor, beside)
+    reduce = reduce + gather_seconds(rates, sent.attention, tensor, beside)
+    tensor_pass = reduce * rates.tensor_exposed
+    ring = gather_seconds(rates, sent.context, keys.context, tensor)
     # the ring hides behind attention, except for the share that overlap costs
     context = np.maximum(ring - attention, 0.0) + rates.exposed * np.minimum(ring, attention)
 
@@ -163,14 +224,14 @@ def block(task: Task, rates: Rates, shared: Shared, keys: Layouts) -> Block:
     again = _floor(redo + redo_wait, np.where(full, RECOMPUTE_HOST * host, 0.0))
     wait_backward = tensor_pass + 2 * context + exchange
     backward = _floor(busy_backward + wait_backward, BACKWARD_HOST * host)
-    passes = 2.0 + full
+    times = passes(keys)
     return Block(
         forward=forward,
         backward=backward + again,
         compute=busy_forward + busy_backward + redo,
-        tensor=passes * tensor_pass,
-        context=(passes + 1) * context,
-        expert=passes * exchange,
+        tensor=times * tensor_pass,
+        context=(times + 1) * context,
+        expert=times * exchange,
         weight_gradient=matrix,
         head=_floor(_head(task, rates, keys, rows), shared.head_host * rates.host),
     )

@@ -187,8 +187,8 @@ def pareto(points: list[Point]) -> list[Point]:
     return front
 
 
-def table(points: list[Point]) -> str:
-    """Devices against days, for people."""
+def table(points: list[Point], sizes: Iterable[int] = ()) -> str:
+    """Devices against days, for people; of the `sizes` asked for, those left out are named."""
     front = {id(point) for point in pareto(points)}
     lines = [f"{'devices':>9} {'batch':>7} {'step':>9} {'days':>9} {'efficiency':>10}  layout"]
     for point in points:
@@ -198,6 +198,9 @@ def table(points: list[Point]) -> str:
             f"{'—' if days is None else f'{days:.1f}':>9} {point.efficiency:10.1%}  "
             f"{point.best.layout}{'' if id(point) in front else '  (a smaller machine is faster)'}"
         )
+    if missing := sorted({*sizes} - {point.devices for point in points}):
+        names = ", ".join(f"{devices:,}" for devices in missing)
+        lines.append(f"left out, since no layout divides the run or fits there: {names}")
     return "\n".join(lines)
 
 

@@ -1,15 +1,17 @@
-"""The planner's entries in a `Ledger`: memory by stage, seconds by cause, and their sources."""
+"""The planner's entries in a `Ledger`: memory by stage, seconds by cause, bytes sent by axis."""
 
 from __future__ import annotations
 
-from ridgeline.ledger import Ledger, StepSeconds
+from ridgeline.ledger import Ledger, SentBytes, StepSeconds
 from ridgeline.ledger import Memory as StageMemory
 from ridgeline.plan.memory import Memory
+from ridgeline.plan.sent import Sent
 from ridgeline.plan.step import Step
 
 CAUSES = (
     "compute", "tensor", "context", "expert", "pipeline", "data", "bubble", "optimizer", "host",
 )  # fmt: skip
+AXES = ("tensor", "pipeline", "data", "context", "expert")
 PARTS = ("weights", "gradients", "optimizer", "activations", "temporary", "framework", "total")
 SOURCES = {
     "memory.weights_bytes": "2 bytes per parameter of the stage (arXiv:1910.02054)",
@@ -27,14 +29,24 @@ SOURCES = {
     "seconds.bubble_s": "fill of the pipeline and its slowest stage (arXiv:2104.04473)",
     "seconds.optimizer_s": "32 bytes per owned parameter through memory",
     "seconds.host_s": "launching kernels, and the slowest of many nodes",
+    "sent.tensor_bytes": "four ring gathers or scatters per layer and pass: plan/sent.py",
+    "sent.pipeline_bytes": "outputs and gradients of each chunk and micro-batch",
+    "sent.data_bytes": "ring reductions once per step, and ZeRO's gathers per micro-batch",
+    "sent.context_bytes": "keys and values round the ring, and their gradients",
+    "sent.expert_bytes": "tokens to their experts and back, spread evenly",
 }
 """What each term is computed from."""
 
 
 def ledger_of(
-    steps: Step, stages: Memory, row: int, flops_per_device: float, **known: float | str | None
+    steps: Step,
+    sending: Sent,
+    stages: Memory,
+    row: int,
+    flops_per_device: float,
+    **known: float | str | None,
 ) -> Ledger:
-    """The predicted ledger of one layout: row `row` of `steps`, and `stages` first to last.
+    """The predicted ledger of one layout: row `row` of the tables, and `stages` first to last.
 
     `known`: further terms of the ledger, such as `mfu`.
     """
@@ -50,6 +62,9 @@ def ledger_of(
             "witness": "plan",
             "memory": memory,
             "seconds": StepSeconds(total_s=float(steps.total[row]), **seconds),
+            "sent": SentBytes(
+                **{f"{name}_bytes": float(getattr(sending, name)[row]) for name in AXES}
+            ),
             "flops_per_device": flops_per_device,
             "sources": SOURCES,
             **known,

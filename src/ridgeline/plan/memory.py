@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ridgeline.plan.quantities import SCHEDULES, Array, Layouts, Rates, Table, Task
-from ridgeline.plan.step import embedding_parameters, layer_parameters
+from ridgeline.plan.step import embedding_parameters, layer_parameters, shard_groups
 
 FRAMEWORK_BYTES = 2.0 * 2**30
 """Device context, communicators and libraries, which no allocator reports (assumed)."""
@@ -40,7 +40,7 @@ def memory(task: Task, rates: Rates, layouts: Layouts) -> Memory:
     layers = np.ceil(task.layers / (pipeline * chunks)) * chunks
     common, routed = layer_parameters(task, layouts.tensor, layouts.expert)
     embedding = task.vocab * task.hidden / layouts.tensor
-    parameters = layers * (common + routed) + embedding_parameters(task, layouts)
+    everywhere = layers * common + embedding_parameters(task, layouts)
     biggest = np.maximum(common + routed, embedding)
 
     kept, live = layer_activations(task, rates, layouts)
@@ -54,22 +54,35 @@ def memory(task: Task, rates: Rates, layouts: Layouts) -> Memory:
     at_first = first + live
     worst = np.maximum(at_first, at_last)
     activations = np.where(at_first >= at_last, first, last)
-    return _added_up(task, layouts, parameters, biggest, activations, worst - activations)
+    held = (everywhere, layers * routed)
+    return _added_up(task, layouts, held, biggest, activations, worst - activations)
 
 
 def _added_up(
     task: Task,
     layouts: Layouts,
-    parameters: Array,
+    held: tuple[Array, Array],
     biggest: Array,
     activations: Array,
     working: Array,
 ) -> Memory:
-    """All components, from the parameters of a stage, its largest unit and its activations."""
-    zero, group = layouts.zero, layouts.shard_group
+    """All components: of the parameters `held` by all replicas and of experts, which fewer hold.
+
+    `biggest`: parameters of the largest unit; `working`: bytes of a backward pass.
+    """
+    zero = layouts.zero
+    parameters = held[0] + held[1]
     weights = parameters * np.where(zero == 3, 0.0, task.weight_bytes)
-    gradients = parameters * task.gradient_bytes / np.where(zero >= 2, group, 1.0)
-    optimizer = parameters * task.master_bytes / np.where(zero >= 1, group, 1.0)
+
+    def sharded(stage: int) -> Array:
+        group, fewer = shard_groups(layouts)
+        ours = held[0] / np.where(zero >= stage, group, 1.0)
+        if not np.any(task.experts):
+            return ours
+        return ours + held[1] / np.where(zero >= stage, fewer, 1.0)
+
+    gradients = sharded(2) * task.gradient_bytes
+    optimizer = sharded(1) * task.master_bytes
     # ZeRO-3 has two layers gathered at a time; ZeRO-2 and -3 one layer's gradients still whole
     gathered = np.where(zero == 3, 2 * biggest * task.weight_bytes, 0.0)
     gathered = gathered + np.where(zero >= 2, biggest * task.gradient_bytes, 0.0)
@@ -88,12 +101,14 @@ def layer_activations(task: Task, rates: Rates, layouts: Layouts) -> tuple[Array
     spread = np.where(task.sequence_parallel > 0, tensor, 1.0)
     gates = task.mlp_matrices - 1
     hidden = 2 * rows * task.hidden / spread
-    queries = 2 * rows * (task.heads + 2 * task.kv_heads) * task.head_dim / tensor
-    out = 2 * rows * task.heads * task.head_dim / tensor
+    queries = 2 * rows * (task.heads * task.head_dim + task.keys_values) / tensor
+    # latents before and after their norms; the rotated key has none
+    queries = queries + 2 * rows * (task.latent + task.query_rank + task.kv_rank) / spread
+    out = 2 * rows * task.heads * task.value_dim / tensor
     scores = rows * task.sequence * task.heads / tensor
     plain = np.where(task.flash > 0, 4 * rows * task.heads / tensor, 5 * scores)
     masks = task.dropout * rows * task.hidden / spread * 2
-    experts = np.where(task.experts > 0, 1 - task.dense_layers / task.layers, 0.0)
+    experts = task.expert_layers
     width = (1 - experts) * task.ffn / tensor + experts * (
         task.top_k + task.shared_experts
     ) * task.expert_ffn / tensor
@@ -150,7 +165,7 @@ def stage_memory(task: Task, rates: Rates, layout: Layouts) -> Memory:
     embedding = task.vocab * task.hidden / one.tensor
     most = embedding_parameters(task, one) / embedding
     copies = np.where(first & last, most, np.where(first | last, 1.0, 0.0))
-    parameters = layers * (common + routed) + copies * embedding
+    held = (layers * common + copies * embedding, layers * routed)
     biggest = np.where(copies > 0, np.maximum(common + routed, embedding), common + routed)
     micro_batches = task.global_batch / (one.data * one.micro_batch)
     ahead = in_flight(one, micro_batches, index)
@@ -158,4 +173,4 @@ def stage_memory(task: Task, rates: Rates, layout: Layouts) -> Memory:
     activations = kept * layers / chunks * ahead
     rows = one.micro_batch * task.sequence / one.context
     logits = np.where(last, rows * task.vocab / one.tensor * task.logit_bytes, 0.0)
-    return _added_up(task, one, parameters, biggest, activations, np.maximum(logits, live))
+    return _added_up(task, one, held, biggest, activations, np.maximum(logits, live))

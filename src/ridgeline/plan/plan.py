@@ -8,23 +8,26 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ridgeline.errors import LayoutError, MachineError, ModelError, PlanError, RunError
+from ridgeline.errors import LayoutError, PlanError, RunError
 from ridgeline.layout.arithmetic import check
 from ridgeline.layout.layout import Layout
 from ridgeline.layout.trainable import is_trainable
 from ridgeline.ledger import Ledger
 from ridgeline.machine.cluster import Cluster, cluster, parse_devices
+from ridgeline.machine.local import LOCAL, local_name, local_processes
 from ridgeline.model.counts import flops_per_token, parameters
 from ridgeline.model.shape import ModelShape
 from ridgeline.plan.block import block
-from ridgeline.plan.certainty import certainty
+from ridgeline.plan.certainty import BEYOND, certainty
 from ridgeline.plan.constants import calibration, peak, rates_of
 from ridgeline.plan.cost import Cost, cost
 from ridgeline.plan.cost import Rates as Prices
 from ridgeline.plan.ledgers import CAUSES, ledger_of
+from ridgeline.plan.measured import measured_rates
 from ridgeline.plan.memory import Memory, memory, stage_memory
 from ridgeline.plan.quantities import Layouts, Rates, Task, task_of
-from ridgeline.plan.search import Found, search
+from ridgeline.plan.search import Found, different, search
+from ridgeline.plan.sent import sent
 from ridgeline.plan.space import MOST_MICRO_BATCH, nearest_devices, space
 from ridgeline.plan.step import Step, step
 from ridgeline.run import Run
@@ -159,6 +162,12 @@ def question(
     if batch_tokens is None:
         batch_tokens = _usual_batch(shape)
         notes.append(f"batch of {batch_tokens:.3g} tokens: usual for a model of this size")
+    if batch_tokens > tokens:
+        raise PlanError(
+            f"a batch of {batch_tokens:,} tokens for {tokens:,} training tokens",
+            "a step takes one batch, and training takes at least one step",
+            f"--batch {tokens}, or --tokens {batch_tokens}",
+        )
     sequences = _whole_batch(batch_tokens, sequence)
     if sequences * sequence != batch_tokens:
         notes.append(
@@ -175,12 +184,10 @@ def question_of_run(run: Run, on: str | None = None, prices: Prices | None = Non
     """The Question of a run file; `on` takes the place of its [cluster]. Raises MachineError."""
     if on is not None:
         devices, machine = parse_devices(on)
-    elif run.cluster.device == "local":
-        raise MachineError(
-            'cluster.device = "local"',
-            "how fast this machine is has not been measured",
-            "--on 8xH100-SXM-80GB, or cluster.device and cluster.devices in the run file",
-        )
+    elif run.cluster.device == LOCAL:
+        own = run.layout.world if isinstance(run.layout, Layout) else 0
+        devices = own or run.cluster.devices or local_processes()
+        machine = cluster(local_name(devices))
     else:
         machine, devices = cluster(run.cluster.device), run.cluster.devices
         if devices == 0:
@@ -204,7 +211,7 @@ def plan(
     """Search the whole space of `asked`; the `top` best, and `layout` beside them if given.
 
     Raises PlanError where nothing divides the run or nothing fits, with the nearest that would;
-    LayoutError for a `layout` that does not divide it; ModelError for a shape it cannot price.
+    LayoutError for a `layout` that does not divide it.
     """
     task, rates = physics(asked)
     known = calibration()
@@ -217,10 +224,16 @@ def plan(
     ours = [layout] if layout else []
     if layout:
         check(layout, asked.shape, asked.sequence, asked.global_batch, asked.devices)
-    rows = np.array(_different(found)[: top if rank == "time" else None], dtype=np.intp)
+    rows = np.array(different(found)[: top if rank == "time" else None], dtype=np.intp)
     pool = _priced(
         asked, found.layouts.take(rows), found.steps.take(rows), found.memories.take(rows)
     )
+    if any(_cost(each, rank) is None for each in pool):
+        raise PlanError(
+            f"ranking by {rank}",
+            "the training tokens, or the price or power of a device, are not known",
+            "--tokens and --price-per-hour" if rank == "money" else "--tokens, or --rank time",
+        )
     pool.sort(key=lambda each: _key(each, rank))
     return Plan(
         asked,
@@ -237,8 +250,23 @@ def plan(
 
 def plan_run(run: Run, on: str | None = None, *, top: int = 5, rank: Objective = "time") -> Plan:
     """Plan a run file's model, batch and budget, its own layout beside the best if it names one."""
-    own = run.layout if isinstance(run.layout, Layout) else None
-    return plan(question_of_run(run, on), top=top, rank=rank, layout=own)
+    asked, own = with_own_layout(question_of_run(run, on), run, on)
+    return plan(asked, top=top, rank=rank, layout=own)
+
+
+def with_own_layout(asked: Question, run: Run, on: str | None) -> tuple[Question, Layout | None]:
+    """The run's own layout, if it names one; on other devices than its own it says nothing."""
+    if not isinstance(run.layout, Layout):
+        return asked, None
+    said = f"the run's own layout, '{run.layout}', is"
+    if on is not None and run.layout.world != asked.devices:
+        note = f"{said} for {run.layout.world:,} devices: left out"
+        return replace(asked, notes=(*asked.notes, note)), None
+    plain = {name: Layout.model_fields[name].default for name in ("order", "expert_tensor")}
+    priced = run.layout.model_copy(update=plain)
+    if priced != run.layout:
+        asked = replace(asked, notes=(*asked.notes, f"{said} priced as '{priced}'"))
+    return asked, run.layout
 
 
 def price(asked: Question, layouts: list[Layout]) -> list[Planned]:
@@ -252,16 +280,12 @@ def price(asked: Question, layouts: list[Layout]) -> list[Planned]:
 
 
 def physics(asked: Question) -> tuple[Task, Rates]:
-    """What the layouts of a question are priced with. Raises ModelError, MachineError."""
-    if asked.shape.latent_attention:
-        raise ModelError(
-            f"planning {asked.shape.name}",
-            "its latent attention has another memory and other products than the planner prices",
-            "a model with ordinary heads",
-        )
+    """What the layouts of a question are priced with. Raises MachineError."""
+    task = task_of(asked.shape, asked.sequence, asked.global_batch, precision=asked.precision)
+    if asked.cluster.device.effective:
+        return task, measured_rates(asked.cluster, asked.devices, asked.stack, asked.precision)
     rates = rates_of([asked.cluster], [asked.stack], [asked.precision], [False], calibration())
     scalars = {name: np.float64(value[0]) for name, value in rates.__dict__.items()}
-    task = task_of(asked.shape, asked.sequence, asked.global_batch, precision=asked.precision)
     return task, Rates(**scalars)  # type: ignore[arg-type]
 
 
@@ -286,11 +310,13 @@ def _priced(asked: Question, table: Layouts, steps: Step, memories: Memory) -> l
         "pipeline": table.pipeline,
     }
     stretch = sure.stretch(device, asked.precision, sizes)
+    if asked.shape.experts or asked.shape.latent_attention:  # no fitted row has either
+        stretch = np.maximum(stretch, BEYOND)
     low, high = sure.interval(steps.total, asked.stack, asked.precision, stretch)
     at_peak = peak(asked.cluster, asked.precision) * asked.devices
     causal, full = _flops(asked, "causal"), _flops(asked, "full")
     head = 6 * asked.shape.hidden * asked.shape.vocab * asked.sequence * asked.global_batch
-    planned = []
+    planned, sending = [], sent(task, table)
     for row in range(table.count):
         layout = table.layout(row, asked.precision)
         seconds = float(steps.total[row])
@@ -313,6 +339,7 @@ def _priced(asked: Question, table: Layouts, steps: Step, memories: Memory) -> l
         }
         ledger = ledger_of(
             steps,
+            sending,
             stage_memory(task, rates, table.take(np.array([row]))),
             row,
             causal / asked.devices,
@@ -370,32 +397,12 @@ def _best_trainable(asked: Question) -> Planned | None:
     return min(priced, key=lambda each: each.step_s, default=None)
 
 
-def _different(found: Found) -> list[int]:
-    """Rows in order of time, without twins: alike but for the span of shards, or equal in all."""
-    table = found.layouts
-    rounded = np.array([float(f"{seconds:.6g}") for seconds in found.steps.total])
-    order = np.lexsort((found.memories.total, rounded))
-    seen: set[tuple[object, ...]] = set()
-    rows: list[int] = []
-    for row in order:
-        alike = tuple(float(getattr(table, name)[row]) for name in ALIKE)
-        by_schedule = (*alike, "schedule", float(table.schedule[row]))
-        seconds, used = float(found.steps.total[row]), float(found.memories.total[row])
-        by_figures = (*alike, f"{seconds:.6g}", f"{used:.6g}")
-        if by_schedule not in seen and by_figures not in seen:
-            rows.append(int(row))
-        seen |= {by_schedule, by_figures}
-    return rows
-
-
-ALIKE = (
-    "data", "context", "tensor", "pipeline", "expert", "micro_batch", "interleave", "zero",
-    "recompute",
-)  # fmt: skip
+def _cost(each: Planned, rank: Objective) -> float | None:
+    return {"time": each.step_s, "money": each.money, "energy": each.energy_j}[rank]
 
 
 def _key(each: Planned, rank: Objective) -> tuple[float, float, float]:
-    value = {"time": each.step_s, "money": each.money, "energy": each.energy_j}[rank]
+    value = _cost(each, rank)
     # to six digits: of equally fast layouts the one with memory to spare stands first
     return (
         float(f"{each.step_s if value is None else value:.6g}"),
@@ -446,7 +453,7 @@ def _indivisible(asked: Question) -> LayoutError:
     shape, devices = asked.shape, asked.devices
     return LayoutError(
         f"{shape.name} on {devices} devices with a batch of {asked.global_batch} sequences",
-        f"dp·cp·tp·pp = {devices}, dp divides {asked.global_batch}, cp·tp divides "
+        f"dp·cp·tp·pp = {devices}, dp divides {asked.global_batch}, cp divides "
         f"{asked.sequence} tokens, tp divides {shape.heads} heads and {shape.kv_heads} key-value "
         f"heads, pp is at most {shape.layers} layers: no four numbers do all of that",
         f"{nearest_devices(shape, asked.sequence, asked.global_batch, devices)} devices, or a "
@@ -473,6 +480,8 @@ def _too_small(asked: Question, found: Found) -> PlanError:
 
 def _what_fits(asked: Question) -> str:
     """The fewest devices, at most 1,024 times as many, on which something fits."""
+    if asked.cluster.device.effective:
+        return "shorter sequences, or a machine with more memory"
     shared = calibration().shared
     for factor in (2**k for k in range(1, 11)):
         larger = replace(asked, devices=asked.devices * factor)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from ridgeline.errors import PlanError
 from ridgeline.human import DASH, duration, percent, short, size
+from ridgeline.machine.local import LOCAL, is_local
 from ridgeline.plan.ledgers import CAUSES
-from ridgeline.plan.plan import Plan, Planned, Question
+from ridgeline.plan.plan import USABLE, Plan, Planned, Question
 from ridgeline.run import Cluster, Run, make_run
 
 HEAD = (
@@ -27,7 +28,8 @@ def table(plan: Plan) -> str:
     ]
     lines += [row(each) for each in plan.layouts]
     if plan.asked:
-        lines += ["the run's own:", row(plan.asked)]
+        verdict = "" if plan.asked.fits else f", which does not fit {USABLE:.0%} of a device"
+        lines += [f"the run's own{verdict}:", row(plan.asked)]
     lines += ["the best that this version can train:"]
     lines += [row(plan.best_trainable) if plan.best_trainable else "  none fits"]
     lines += [
@@ -131,4 +133,5 @@ def run_of(plan: Plan, base: Run | None) -> str:
 
 
 def _machine(asked: Question) -> Cluster:
-    return Cluster(device=asked.cluster.device.name, devices=asked.devices)
+    name = asked.cluster.device.name
+    return Cluster(device=LOCAL if is_local(name) else name, devices=asked.devices)

@@ -101,6 +101,15 @@ class Task(Table):
     heads: Array
     kv_heads: Array
     head_dim: Array
+    """Width of one query and one key."""
+    value_dim: Array
+    """Width of one value."""
+    query_rank: Array
+    """Width of the queries' latent; 0: attention is not latent."""
+    kv_rank: Array
+    """Width of the latent of keys and values; 0: attention is not latent."""
+    rope_dim: Array
+    """Width of the rotated key that all heads of latent attention share; 0: not latent."""
     ffn: Array
     """Inner width of the MLP that a dense layer has."""
     mlp_matrices: Array
@@ -133,6 +142,21 @@ class Task(Table):
     """Bytes per parameter that cross the network when gradients are reduced."""
     logit_bytes: Array
     """Memory per logit: 16 bits, a float32 copy, its gradient, and what an unfused loss adds."""
+
+    @property
+    def expert_layers(self) -> Array:
+        """Share of the layers that hold experts."""
+        return np.where(self.experts > 0, 1 - self.dense_layers / self.layers, 0.0)
+
+    @property
+    def keys_values(self) -> Array:
+        """Width of all keys and values of a token."""
+        return self.kv_heads * (self.head_dim + self.value_dim)
+
+    @property
+    def latent(self) -> Array:
+        """Width of all latents of a token, the shared rotated key among them."""
+        return self.query_rank + self.kv_rank + self.rope_dim
 
 
 @dataclass(frozen=True)
@@ -188,7 +212,7 @@ def task_of(
 
     Parameters and moments stay float32 in fp32 training. Gradients are float32 and reduced so.
     """
-    experts = shape.experts
+    experts, latent = shape.experts, shape.latent_attention
     dense = shape.layers if experts is None else experts.first_dense_layers
     wide = precision == "fp32"
     numbers = {
@@ -197,6 +221,10 @@ def task_of(
         "heads": shape.heads,
         "kv_heads": shape.kv_heads,
         "head_dim": shape.head_dim,
+        "value_dim": latent.value_head_dim if latent else shape.head_dim,
+        "query_rank": latent.query_rank if latent else 0,
+        "kv_rank": latent.kv_rank if latent else 0,
+        "rope_dim": latent.rope_head_dim if latent else 0,
         "ffn": shape.ffn_hidden,
         "mlp_matrices": 3 if shape.activation == "swiglu" else 2,
         "vocab": shape.vocab,

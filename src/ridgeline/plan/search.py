@@ -18,6 +18,11 @@ from ridgeline.plan.step import Step, step
 Rows = TypeVar("Rows", Layouts, Step, Memory)
 KEPT = 400
 """Layouts that stay of each chunk, and in the end."""
+ALIKE = (
+    "data", "context", "tensor", "pipeline", "expert", "micro_batch", "interleave", "zero",
+    "recompute",
+)  # fmt: skip
+"""What two layouts share that differ only in schedule or in the span of shards."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,24 @@ def search(task: Task, rates: Rates, shared: Shared, space: Space, capacity_byte
         layouts, steps, memories, space.candidates, space.valid, fitting,
         time.perf_counter() - begun, smallest, smallest_memory,
     )  # fmt: skip
+
+
+def different(found: Found) -> list[int]:
+    """Rows in order of time, without twins: alike but for the span of shards, or equal in all."""
+    table = found.layouts
+    rounded = np.array([float(f"{seconds:.6g}") for seconds in found.steps.total])
+    order = np.lexsort((found.memories.total, rounded))
+    seen: set[tuple[object, ...]] = set()
+    rows: list[int] = []
+    for row in order:
+        alike = tuple(float(getattr(table, name)[row]) for name in ALIKE)
+        by_schedule = (*alike, "schedule", float(table.schedule[row]))
+        seconds, used = float(found.steps.total[row]), float(found.memories.total[row])
+        by_figures = (*alike, f"{seconds:.6g}", f"{used:.6g}")
+        if by_schedule not in seen and by_figures not in seen:
+            rows.append(int(row))
+        seen |= {by_schedule, by_figures}
+    return rows
 
 
 class Pricer:

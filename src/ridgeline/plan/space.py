@@ -77,7 +77,7 @@ def space(
         orders = _orders(shape.layers, pipeline)
         pairs = len(shard_pairs(data * context)) if zero_stages else 1
         candidates += MOST_MICRO_BATCH * len(orders) * len(experts) * pairs * len(RECOMPUTES)
-        if not _divides(shape, sequence, tensor, context):
+        if sequence % context or not _divides(shape, tensor):
             continue
         whole = [e for e in experts if data * context % e == 0]
         for micro_batch in range(1, MOST_MICRO_BATCH + 1):
@@ -108,8 +108,8 @@ def space(
 
 def nearest_devices(shape: ModelShape, sequence: int, global_batch: int, wanted: int) -> int:
     """The number of devices closest to `wanted` over which some layout divides the run."""
-    tensors = [t for t in divisors(shape.heads) if _divides(shape, sequence, t, 1)]
-    parts = {t * c for t in tensors for c in divisors(sequence // t)}
+    tensors = [t for t in divisors(shape.heads) if _divides(shape, t)]
+    parts = {t * c for t in tensors for c in divisors(sequence)}
     stages = range(1, shape.layers + 1)
     sizes = {part * stage for part in parts for stage in stages}
     data = np.array(divisors(global_batch))
@@ -150,6 +150,6 @@ def _orders(layers: int, pipeline: int) -> list[tuple[int, int]]:
     return plain + looped + [(2, SCHEDULES.index(name)) for name in FOLDED]
 
 
-def _divides(shape: ModelShape, sequence: int, tensor: int, context: int) -> bool:
+def _divides(shape: ModelShape, tensor: int) -> bool:
     widths = (shape.heads, shape.kv_heads, shape.ffn_hidden)
-    return sequence % (tensor * context) == 0 and all(width % tensor == 0 for width in widths)
+    return all(width % tensor == 0 for width in widths)

@@ -8,6 +8,7 @@ fill divided by the interleaving. ZeRO-3 gathers each layer for each pass of eac
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,8 @@ from ridgeline.plan.block import Block, gather_seconds, group_rate
 from ridgeline.plan.constants import Shared
 from ridgeline.plan.quantities import SCHEDULES, Array, Layouts, Rates, Table, Task
 
+Collective = Callable[[Array, Array, Array], Array]
+"""What a gather or scatter of so many bytes over so many ranks, so far apart, costs: s or bytes."""
 OPTIMIZER_BYTES = 32
 """Read and written per owned parameter: gradient, master, two moments, weight."""
 
@@ -43,13 +46,19 @@ class Step(Table):
 
 def layer_parameters(task: Task, tensor: Array, expert: Array) -> tuple[Array, Array]:
     """Mean parameters of a layer on one rank: those every data rank holds, and routed experts."""
-    attention = task.hidden * task.head_dim * 2 * (task.heads + task.kv_heads)
+    merge = task.heads * task.value_dim * task.hidden
+    attention = task.hidden * (task.heads * task.head_dim + task.keys_values) + merge
+    # queries' heads and keys' and values' expand from latents, which are whole on every tensor rank
+    keys_values = task.kv_heads * (task.head_dim - task.rope_dim + task.value_dim)
+    expand = task.query_rank * task.heads * task.head_dim + task.kv_rank * keys_values
+    attention = np.where(task.latent > 0, expand + merge, attention)
+    latents = task.hidden * task.latent + task.query_rank + task.kv_rank
     dense = task.dense_layers / task.layers
     mlp = task.mlp_matrices * task.hidden * task.ffn
     each = task.mlp_matrices * task.hidden * task.expert_ffn
     common = attention + dense * mlp + (1 - dense) * task.shared_experts * each
-    router = (1 - dense) * task.experts * task.hidden + 2 * task.hidden
-    return common / tensor + router, (1 - dense) * task.experts * each / expert
+    whole = (1 - dense) * task.experts * task.hidden + 2 * task.hidden + latents
+    return common / tensor + whole, (1 - dense) * task.experts * each / expert
 
 
 def step(task: Task, rates: Rates, shared: Shared, layouts: Layouts, blocks: Block) -> Step:
@@ -59,7 +68,7 @@ def step(task: Task, rates: Rates, shared: Shared, layouts: Layouts, blocks: Blo
     most = np.ceil(task.layers / (pipeline * chunks)) * chunks
     least = np.floor(task.layers / (pipeline * chunks)) * chunks
     common, routed = layer_parameters(task, layouts.tensor, layouts.expert)
-    forward, backward, gathers = _with_gathers(task, rates, layouts, blocks, common + routed)
+    forward, backward, gathers = _with_gathers(task, rates, layouts, blocks)
     layer = forward + backward
     last = np.where(pipeline > 1, least * layer, most * layer) + blocks.head
     slowest = np.maximum(most * layer, last)
@@ -69,19 +78,21 @@ def step(task: Task, rates: Rates, shared: Shared, layouts: Layouts, blocks: Blo
     busy = micro_batches * slowest + fill
 
     replicas = layouts.data * layouts.context
-    stride = layouts.tensor
-    owned = most * common + embedding_parameters(task, layouts)
-    reduction = _reduction(task, rates, layouts, owned, replicas, stride)
-    if np.any(task.experts):
-        held = replicas / layouts.expert
-        apart = _reduction(task, rates, layouts, most * routed, held, stride * layouts.expert)
-        reduction = reduction + np.where(task.experts > 0, apart, 0.0)
+    owned = most * common + embedding_parameters(task, layouts), most * routed
+
+    def seconds(size: Array, ranks: Array, stride: Array) -> Array:
+        return gather_seconds(rates, size, ranks, stride)
+
+    reduction = reduced_once(task, layouts, owned, seconds)
     window = np.where(chunks > 1, np.minimum(pipeline, micro_batches), 1.0) * most * backward
     data = np.maximum(reduction - window, 0) + rates.exposed * np.minimum(reduction, window)
-    shards = np.where(layouts.zero > 0, layouts.shard_group, 1.0)
-    optimizer = (owned + most * routed) / shards * OPTIMIZER_BYTES / rates.memory
+    group, fewer = shard_groups(layouts)
+    updated = owned[0] / np.where(layouts.zero > 0, group, 1.0)
+    if np.any(task.experts):
+        updated = updated + owned[1] / np.where(layouts.zero > 0, fewer, 1.0)
+    optimizer = updated * OPTIMIZER_BYTES / rates.memory
 
-    rate, latency = group_rate(rates, np.full_like(pipeline, 2.0), stride * replicas)
+    rate, latency = group_rate(rates, np.full_like(pipeline, 2.0), layouts.tensor * replicas)
     message = layouts.micro_batch * task.sequence / layouts.context * task.hidden * 2
     hop = latency + message / layouts.tensor / rate
     sends = np.where(pipeline > 1, 2 * micro_batches * chunks * hop, 0.0)
@@ -121,20 +132,39 @@ def embedding_parameters(task: Task, layouts: Layouts) -> Array:
     return np.where(both, 2.0, 1.0) * task.vocab * task.hidden / layouts.tensor
 
 
-def _with_gathers(
-    task: Task, rates: Rates, layouts: Layouts, blocks: Block, parameters: Array
-) -> tuple[Array, Array, Array]:
-    """Forward and backward of a layer with ZeRO-3's gathers; and what they add to both."""
-    sharded = layouts.zero == 3
+def shard_groups(layouts: Layouts) -> tuple[Array, Array]:
+    """Ranks that a shard spans: of what all replicas hold, and of an expert, which fewer hold."""
     group = layouts.shard_group
-    size = parameters * task.weight_bytes
-    gather = np.where(
-        sharded, gather_seconds(rates, size, group, layouts.tensor) / rates.gather, 0.0
+    return group, np.minimum(group, layouts.data * layouts.context / layouts.expert)
+
+
+def layer_gathers(task: Task, layouts: Layouts, collective: Collective) -> tuple[Array, Array]:
+    """ZeRO-3's gather of a layer's weights, and the scatter of its gradients from ZeRO-2 on."""
+    common, routed = layer_parameters(task, layouts.tensor, layouts.expert)
+    group, held = shard_groups(layouts)
+
+    def both(width: Array) -> Array:
+        ours = collective(common * width, group, layouts.tensor)
+        if not np.any(task.experts):
+            return ours
+        apart = collective(routed * width, held, layouts.tensor * layouts.expert)
+        return ours + np.where(task.experts > 0, apart, 0.0)
+
+    return (
+        np.where(layouts.zero == 3, both(task.weight_bytes), 0.0),
+        np.where(layouts.zero >= 2, both(task.reduce_bytes), 0.0),
     )
-    reduced = parameters * task.reduce_bytes
-    scatter = np.where(
-        layouts.zero >= 2, gather_seconds(rates, reduced, group, layouts.tensor) / rates.gather, 0.0
-    )
+
+
+def _with_gathers(
+    task: Task, rates: Rates, layouts: Layouts, blocks: Block
+) -> tuple[Array, Array, Array]:
+    """Forward and backward of a layer with ZeRO's gathers; and what they add to both."""
+
+    def seconds(size: Array, ranks: Array, stride: Array) -> Array:
+        return gather_seconds(rates, size, ranks, stride) / rates.gather
+
+    gather, scatter = layer_gathers(task, layouts, seconds)
     forward = _overlapped(rates, blocks.forward, gather)
     backward = _overlapped(rates, blocks.backward, gather + scatter)
     return forward, backward, forward + backward - blocks.forward - blocks.backward
@@ -146,18 +176,34 @@ def _overlapped(rates: Rates, compute: Array, communication: Array) -> Array:
     return np.maximum(compute, communication) + rates.exposed * shorter
 
 
-def _reduction(
-    task: Task, rates: Rates, layouts: Layouts, parameters: Array, ranks: Array, stride: Array
+def reduced_once(
+    task: Task, layouts: Layouts, owned: tuple[Array, Array], collective: Collective
 ) -> Array:
-    """Seconds of what crosses the data axis once per step: gradients, and ZeRO-1's weights."""
+    """What crosses the data axis once per step, of a rank's parameters and of its experts'."""
+    replicas = layouts.data * layouts.context
+    ours = _reduction(task, layouts, owned[0], replicas, layouts.tensor, collective)
+    if not np.any(task.experts):
+        return ours
+    held, stride = replicas / layouts.expert, layouts.tensor * layouts.expert
+    apart = _reduction(task, layouts, owned[1], held, stride, collective)
+    return ours + np.where(task.experts > 0, apart, 0.0)
+
+
+def _reduction(
+    task: Task,
+    layouts: Layouts,
+    parameters: Array,
+    ranks: Array,
+    stride: Array,
+    collective: Collective,
+) -> Array:
+    """Gradients once per step, and ZeRO-1's weights, of some parameters over their `ranks`."""
     group = np.minimum(layouts.shard_group, ranks)
-    weights = gather_seconds(rates, parameters * task.weight_bytes, group, stride)
-    gradients = gather_seconds(rates, parameters * task.reduce_bytes, ranks, stride)
+    weights = collective(parameters * task.weight_bytes, group, stride)
+    gradients = collective(parameters * task.reduce_bytes, ranks, stride)
     whole = np.where(layouts.zero == 0, 2 * gradients, gradients + weights)
     # ZeRO-2 and -3 reduced each micro-batch within the group; what is left joins the groups
-    joins = gather_seconds(
-        rates, parameters / group * task.reduce_bytes, ranks / group, stride * group
-    )
+    joins = collective(parameters / group * task.reduce_bytes, ranks / group, stride * group)
     return np.where(
         layouts.zero == 3, 2 * joins, np.where(layouts.zero == 2, 2 * joins + weights, whole)
     )

@@ -16,7 +16,7 @@ import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ from ridgeline.errors import CheckpointError
 
 FORMAT = "ridgeline-checkpoint-1"
 PREFIX = "step-"
+MOVE_AWAY = "move this folder away: the run resumes from the checkpoint before it"
 
 
 @dataclass(frozen=True)
@@ -115,10 +116,14 @@ def save(
     if final.exists():
         return final
     writer = _Writer(folder / f".{final.name}.partial", final, asdict(progress))
-    with _planning(f"checkpoint {final}", "written"):
-        save_planned(
-            dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None
-        )
+    try:
+        with _planning(f"checkpoint {final}", "written"):
+            save_planned(
+                dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None
+            )
+    except CheckpointError:
+        shutil.rmtree(writer.partial, ignore_errors=True)  # a full disk needs the room
+        raise
     return final
 
 
@@ -158,9 +163,20 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((path / "manifest.json").read_text())
     except (OSError, ValueError) as fault:
-        raise CheckpointError(f"checkpoint {path}", f"no readable manifest: {fault}", "") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise CheckpointError(f"checkpoint {path}", f"its format is not {FORMAT}", "")
+        raise CheckpointError(
+            f"checkpoint {path}", f"no readable manifest: {fault}", MOVE_AWAY
+        ) from None
+    whole = {"format", "progress", "files", "tensors"}
+    if (
+        not isinstance(manifest, dict)
+        or manifest.get("format") != FORMAT
+        or manifest.keys() != whole
+        or not all(isinstance(manifest[key], dict) for key in whole - {"format"})
+        or manifest["progress"].keys() != {field.name for field in fields(Progress)}
+    ):
+        raise CheckpointError(
+            f"checkpoint {path}", f"its manifest is not one of {FORMAT}", MOVE_AWAY
+        )
     for name, size in manifest["files"].items():
         file = path / name
         found = file.stat().st_size if file.is_file() else None
@@ -169,19 +185,24 @@ def read_manifest(path: Path) -> dict[str, Any]:
                 f"checkpoint {path}",
                 f"{name} should hold {size:,} bytes and "
                 + ("is missing" if found is None else f"holds {found:,}"),
-                "move this folder away: the run resumes from the checkpoint before it",
+                MOVE_AWAY,
             )
     return manifest
 
 
 def newest(folder: Path) -> Path | None:
     """The newest complete checkpoint below `folder`, if there is one."""
-    return max(folder.glob(f"{PREFIX}*"), default=None)
+    return max(complete(folder), default=None)
+
+
+def complete(folder: Path) -> list[Path]:
+    """The complete checkpoints below `folder`, oldest first."""
+    return sorted(folder.glob(f"{PREFIX}{'[0-9]' * 8}"))
 
 
 def keep_newest(folder: Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints, and what an interrupted write left behind."""
-    for old in sorted(folder.glob(f"{PREFIX}*"))[:-keep]:
+    for old in complete(folder)[:-keep]:
         shutil.rmtree(old)
     for partial in folder.glob(f".{PREFIX}*.partial"):
         shutil.rmtree(partial)
@@ -352,7 +373,7 @@ class _Reader(StorageReader):
             raise CheckpointError(
                 f"checkpoint {self.path}",
                 f"{chunk['key']} in {chunk['file']} does not have the checksum of its manifest",
-                "move this folder away: the run resumes from the checkpoint before it",
+                MOVE_AWAY,
             )
         return tensor
 

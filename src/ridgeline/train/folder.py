@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ridgeline.errors import RunFolderError
+from ridgeline.errors import LaunchError, RidgelineError, RunFolderError
 from ridgeline.processes import is_alive
 from ridgeline.run import Run, read_run
 
@@ -126,10 +126,14 @@ def locked(folder: Path) -> Iterator[None]:
         write_atomically(lock, json.dumps(me))  # its holder died without cleaning up
     try:
         yield
+    except (RidgelineError, KeyboardInterrupt) as error:
+        # A run that was refused leaves nothing; one whose worker died keeps what it had said.
+        saved = any(checkpoints_of(folder).glob("step-*"))
+        if created and not saved and not isinstance(error, LaunchError):
+            shutil.rmtree(folder)
+        raise
     finally:
         lock.unlink(missing_ok=True)
-        if created and not any(path.is_file() for path in folder.rglob("*")):
-            shutil.rmtree(folder)
 
 
 def _holder(lock: Path) -> dict[str, Any]:

@@ -78,11 +78,8 @@ def resolve(run: Run, host: Host, world: int | None) -> tuple[Run, dict[str, str
     layout, why = _choose_layout(run, host, world)
     if why:
         reasons["layout"] = why
-    cluster = run.cluster
-    if not cluster.devices:
-        cluster = cluster.model_copy(update={"devices": layout.world})
-        reasons["cluster.devices"] = "the layout's dp·cp·tp·pp"
-    update = {"data": data, "schedule": schedule, "layout": layout, "cluster": cluster}
+    # cluster.devices stays open: a resumed run may have another layout, or another machine.
+    update = {"data": data, "schedule": schedule, "layout": layout}
     return run.model_copy(update=update), reasons
 
 

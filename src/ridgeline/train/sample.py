@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from ridgeline.data.manifest import read_manifest
-from ridgeline.errors import CheckpointError, TokenizerError
+from ridgeline.data.tokenizer import load_tokenizer
+from ridgeline.errors import CheckpointError, RunError, RunFolderError, TokenizerError
 from ridgeline.model.decoder import Decoder
 from ridgeline.run import read_run
 from ridgeline.train import checkpoint
@@ -33,6 +34,14 @@ def sample(
     `temperature` 0 takes the likeliest token; `top_k` 0 keeps all. Raises CheckpointError when the
     folder has no checkpoint, TokenizerError when its data have no tokenizer.
     """
+    if not (math.isfinite(temperature) and temperature >= 0 and top_k >= 0 and tokens >= 1):
+        raise RunError(
+            f"sampling {tokens} tokens at temperature {temperature}, top-k {top_k}",
+            "tokens start at 1, temperature and top-k at 0",
+            "--tokens 100 --temperature 0.8 --top-k 50",
+        )
+    if not (folder / "run.toml").is_file():
+        raise RunFolderError(f"sampling from {folder}", "it is no run folder: no run.toml", "")
     run = read_run(latest_run_file(folder))
     path = checkpoint.newest(checkpoints_of(folder))
     if path is None:
@@ -44,15 +53,19 @@ def sample(
         raise TokenizerError(
             f"sampling from {folder}", "its data have no tokenizer", "name one in data.tokenizer"
         )
-    tokenizer = Tokenizer.from_file(str(run.data.folder / manifest.tokenizer.file))
+    tokenizer = load_tokenizer(run.data.folder / manifest.tokenizer.file)
     model = decoder(run.model).to(this_host().device).eval()
     named = {f"model.{name}": value for name, value in model.named_parameters()}
     checkpoint.load(path, named, None)
     end = manifest.tokenizer.end_of_document
-    ids = [end, *tokenizer.encode(prompt).ids]
-    generator = torch.Generator().manual_seed(seed)
+    ids = [end, *tokenizer.encode(prompt.encode(errors="replace").decode()).ids]
+    generator = torch.Generator().manual_seed(seed % 2**63)
     for _ in range(tokens):
         logits_V = _next_logits(model, ids[-run.sequence :])
+        if not logits_V.isfinite().all():
+            raise CheckpointError(
+                f"sampling from {path}", "its logits are not finite: the training diverged", ""
+            )
         chosen = _choose(logits_V, temperature, top_k, generator)
         if chosen == end:
             break

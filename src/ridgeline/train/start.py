@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
 from rich.console import Console
 
-from ridgeline.errors import LayoutError, NotLearnt, RunError
+from ridgeline.data.mixture import Mixture
+from ridgeline.errors import LayoutError, NotLearnt, RunError, RunFolderError
 from ridgeline.launch.local import (
     local_processes,
     run_workers,
@@ -21,7 +23,14 @@ from ridgeline.layout.trainable import trainable
 from ridgeline.machine.device import device as device_named
 from ridgeline.model.decoder import Decoder
 from ridgeline.run import Run
-from ridgeline.train.folder import check_folder, describe_environment, locked, write_folder
+from ridgeline.train import checkpoint
+from ridgeline.train.folder import (
+    check_folder,
+    checkpoints_of,
+    describe_environment,
+    locked,
+    write_folder,
+)
 from ridgeline.train.loop import LossFunction
 from ridgeline.train.optimizer import adamw, token_loss
 from ridgeline.train.resolve import Host, resolve, this_host
@@ -59,7 +68,7 @@ def train(
     host = this_host()
     resolved, reasons = resolve(run, host, world)
     assert isinstance(resolved.layout, Layout)
-    refuse_impossible(resolved, host, world)
+    mixture = refuse_impossible(resolved, host, world)
     without_memory(decoder, resolved.model)  # raises for a model that can only be planned
     arguments: tuple[Any, ...] = (resolved, decoder, loss, optimizer)
     if launched and int(os.environ["RANK"]) != 0:
@@ -68,6 +77,7 @@ def train(
     threads = threads_per_process(local_processes() if launched else processes)
     with locked(resolved.path):
         check_folder(resolved)
+        refuse_foreign_checkpoint(resolved, mixture)
         environment = describe_environment(str(host.device), processes, threads)
         write_folder(resolved, reasons, environment)
         _announce(resolved, reasons)
@@ -81,7 +91,18 @@ def train(
     return outcome
 
 
-def refuse_impossible(run: Run, host: Host, world: int | None) -> None:
+def refuse_foreign_checkpoint(run: Run, mixture: Mixture) -> None:
+    """Raise when the run would resume from a damaged checkpoint, or one of other prepared data."""
+    path = checkpoint.newest(checkpoints_of(run.path))
+    if path and checkpoint.read_manifest(path)["progress"]["data"] != mixture.fingerprint:
+        raise RunFolderError(
+            f"resuming {run.path}",
+            f"its checkpoints were trained on other data than lie in {run.data.folder} now",
+            f"prepare the data as they were, or --name {run.name}-2",
+        )
+
+
+def refuse_impossible(run: Run, host: Host, world: int | None) -> Mixture:
     """Raise for what can be known before any process starts and anything is written."""
     assert isinstance(run.layout, Layout)
     if not run.data.corpora:
@@ -90,7 +111,8 @@ def refuse_impossible(run: Run, host: Host, world: int | None) -> None:
         )
     if run.cluster.device != "local":
         device_named(run.cluster.device)
-    check(run.layout, run.model, run.sequence, batch_unit(run), world or run.cluster.devices)
+    devices = world or run.cluster.devices or None
+    check(run.layout, run.model, run.sequence, batch_unit(run), devices)
     trainable(run.layout)
     room = host.devices or LOCAL_RANKS_PER_CORE * host.cores
     if world is None and run.layout.world > room:
@@ -104,6 +126,7 @@ def refuse_impossible(run: Run, host: Host, world: int | None) -> None:
     mixture = mixture_of(run)
     for corpus in mixture.corpora:
         mixture.held_out(corpus.name, 1)  # now, not after the last step
+    return mixture
 
 
 def judge(run: Run, outcome: Outcome) -> None:
@@ -112,6 +135,10 @@ def judge(run: Run, outcome: Outcome) -> None:
     if outcome.held_out_loss is None or baselines is None:
         return
     loss = outcome.held_out_loss
+    if not math.isfinite(loss):
+        raise NotLearnt(
+            f"held-out loss {loss}", "the loss is no longer a number", "a lower optimizer.lr"
+        )
     unigram, bigram = baselines.unigram_entropy, baselines.bigram_held_out_loss
     verdict = (
         f"held-out loss {loss:.3f} nats per token: {unigram - loss:.3f} below the unigram entropy "

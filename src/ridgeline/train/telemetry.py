@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import time
 from collections.abc import Iterator
@@ -104,8 +105,8 @@ class Recorder:
         self.write({"step": progress.step, "event": name} | fields)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one object to metrics.jsonl."""
-        self.metrics.write(json.dumps(row) + "\n")
+        """Append one object to metrics.jsonl; what is not a finite number is null there."""
+        self.metrics.write(json.dumps(_finite(row), allow_nan=False) + "\n")
         self.metrics.flush()
 
     def say(self, text: str) -> None:
@@ -200,6 +201,12 @@ class Recorder:
         self.metrics.close()
         if self.tensorboard is not None:
             self.tensorboard.close()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def drop_after(metrics: Path, step: int) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 
 from ridgeline.data.manifest import Baselines
 from ridgeline.data.mixture import Mixture, open_mixture
-from ridgeline.errors import RunFolderError
+from ridgeline.errors import ModelError
 from ridgeline.launch.local import (
     StopFlag,
     local_processes,
@@ -111,7 +111,14 @@ def build(run: Run, decoder: MakeDecoder, mesh: Mesh) -> nn.Module:
     model = without_memory(decoder, run.model)
     initialise = getattr(model, "initialise", None)
     if initialise is not None:
-        model.to_empty(device=mesh.device)
+        try:
+            model.to_empty(device=mesh.device)
+        except RuntimeError as fault:  # what PyTorch raises when memory ends, on every device
+            raise ModelError(
+                f"building {run.model.name} on {mesh.device}",
+                str(fault).splitlines()[0],
+                "a smaller model, or more memory",
+            ) from None
         initialise(run.seed)
     else:
         torch.manual_seed(run.seed)
@@ -151,15 +158,7 @@ def _resume(job: Job, group: dist.ProcessGroup | None) -> Progress:
         return Progress(data=job.mixture.fingerprint)
     checkpoint.make_state(job.model, job.optimizer)
     tensors = checkpoint.tensors_of(job.model, job.optimizer)
-    progress = checkpoint.load(path, tensors, group)
-    if progress.data != job.mixture.fingerprint:
-        raise RunFolderError(
-            f"resuming {job.run.path}",
-            "its checkpoints were trained on other prepared data than lie in "
-            f"{job.run.data.folder} now",
-            f"prepare the data as they were, or --name {job.run.name}-2",
-        )
-    return progress
+    return checkpoint.load(path, tensors, group)
 
 
 def peak_flops(run: Run, device: torch.device) -> float | None:
@@ -237,7 +236,8 @@ class Keeper:
     def observe(self, seen: Observation) -> None:
         """Log the step when it is due; the only place where a step waits for its own numbers."""
         step = seen.progress.step
-        if step % self.job.run.logging.every_steps and step != 1:
+        last = step == total_steps(self.job.run)
+        if step % self.job.run.logging.every_steps and step != 1 and not last:
             return
         dist.all_reduce(seen.loss, group=self.job.mesh.data.get_group())
         loss = float(seen.loss)
