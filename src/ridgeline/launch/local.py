@@ -11,6 +11,7 @@ import json
 import logging
 import multiprocessing
 import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import os
 import signal
 import tempfile
@@ -43,15 +44,16 @@ class StopFlag(Protocol):
 def warm_up() -> None:
     """Start the fork server, which imports torch beside this process, not after it.
 
-    It and its workers inherit that SIGINT is ignored: Ctrl-C reaches every process of a terminal,
-    and the parent alone passes it on.
+    It and its workers inherit that SIGINT is blocked: Ctrl-C reaches every process of a terminal,
+    and the parent alone passes it on. Here it is only held back, so that none is lost.
     """
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    multiprocessing.resource_tracker.ensure_running()  # it would unblock what is blocked here
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         multiprocessing.forkserver.ensure_running()
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def started_by_launcher() -> bool:

@@ -141,8 +141,8 @@ def judge(run: Run, outcome: Outcome) -> None:
         )
     unigram, bigram = baselines.unigram_entropy, baselines.bigram_held_out_loss
     verdict = (
-        f"held-out loss {loss:.3f} nats per token: {unigram - loss:.3f} below the unigram entropy "
-        f"({unigram:.3f}), {bigram - loss:.3f} below a smoothed bigram model ({bigram:.3f})"
+        f"held-out loss {loss:.3f} nats per token: {_beside(loss, unigram)} the unigram entropy "
+        f"({unigram:.3f}), {_beside(loss, bigram)} a smoothed bigram model ({bigram:.3f})"
     )
     if margin is not None and not (loss <= unigram - margin and loss < bigram):
         raise NotLearnt(
@@ -152,6 +152,10 @@ def judge(run: Run, outcome: Outcome) -> None:
             "train longer, or look at the loss in report.html",
         )
     Console(highlight=False, soft_wrap=True).print(verdict, markup=False)
+
+
+def _beside(loss: float, baseline: float) -> str:
+    return f"{abs(baseline - loss):.3f} {'below' if loss <= baseline else 'above'}"
 
 
 def _announce(run: Run, reasons: dict[str, str]) -> None:
