@@ -61,7 +61,7 @@ def report_on(folder: Path) -> Page:
 def test_a_finished_run_shows_everything_it_holds(run_folder: Path) -> None:
     page = report_on(run_folder)
     for part in [
-        "standard-library stdlib-9m 8.52M parameters (6.36M without embeddings)",
+        "standard-library stdlib-9m 8.52M parameters (6.36M without embeddings and head)",
         "Finished at step 600 of 600",
         "Held-out loss 3.329 2.79 below unigram 0.98 below bigram",
         "Tokens seen 1.23M 1,228,800",

@@ -67,7 +67,7 @@ def test_the_first_row_says_what_is_trained(tiny_run: MakeRun, rows_of: RowsOf) 
     assert first["event"] == "started"
     assert (first["step"], first["total_steps"], first["model"]) == (0, 4, "tiny")
     assert first["parameters"] == counts.total
-    assert first["embedding_parameters"] == counts.embedding
+    assert first["embedding_parameters"] == counts.total - counts.non_embedding
     measured = read_manifest(run.data.folder).baselines
     assert measured is not None
     assert first["baselines"] == {

@@ -147,11 +147,13 @@ def figure(chart: Chart, last_step: float) -> str:
     """
     drawn = _stacked(chart.series)
     x_scale, y_scale = Scale(0.0, max(last_step, 1.0)), _y_scale(chart, drawn)
-    body = [_axes(x_scale, y_scale), *(_reference(r, chart, y_scale) for r in chart.references)]
+    references = [_reference(r, chart, y_scale) for r in chart.references]
+    body = [_axes(x_scale, y_scale), *(line for line, _ in references)]
     curves = [_curve(s, floor, x_scale, y_scale) for s, floor in drawn]
     box = f'viewBox="0 0 {BOX[0]} {BOX[1]}" preserveAspectRatio="none" width="100%" height="100%"'
     body.append(f"<svg {box}>{''.join(curves)}</svg>")
     body += [_points(s, x_scale, y_scale) for s, _ in drawn if s.look == "points"]
+    body += [label for _, label in references]  # above the curves, with a halo
     body.append('<g class="probe"><line y1="0" y2="100%"/></g>')
     title, unit, sentence = map(escape, (chart.title, chart.unit, chart.sentence))
     label = f"{title}, in {unit}. {sentence}" if unit else f"{title}. {sentence}"
@@ -266,15 +268,21 @@ def _points(one: Series, x_scale: Scale, y_scale: Scale) -> str:
     )
 
 
-def _reference(one: Reference, chart: Chart, y_scale: Scale) -> str:
+def _reference(one: Reference, chart: Chart, y_scale: Scale) -> tuple[str, str]:
+    """The dashed line and its label."""
     y = f"{100 * (1 - y_scale.at(one.y)):.2f}%"
     others = [r.y for r in chart.references if r is not one]
     hangs = any(one.y < y for y in others) and y_scale.at(one.y) > 0.12  # clear of the axis
-    shift = "1.25em" if hangs else "-.45em"  # the lower label hangs, so that two never touch
+    # The lower label hangs at the left, where a falling curve is still above it.
+    place = (
+        'class="reference left" x="6" dy="1.25em"'
+        if hangs
+        else 'class="reference" x="100%" dy="-.45em"'
+    )
     text = f"{escape(one.name)} {escape(chart.show(one.y))}"
     return (
-        f'<line class="reference" x2="100%" y1="{y}" y2="{y}"/>'
-        f'<text class="reference" x="100%" y="{y}" dy="{shift}">{text}</text>'
+        f'<line class="reference" x2="100%" y1="{y}" y2="{y}"/>',
+        f'<text {place} y="{y}">{text}</text>',
     )
 
 

@@ -105,7 +105,7 @@ def _header(history: History) -> str:
     facts = [escape(model)] if isinstance(model, str) else []
     if parameters is not None:
         body = None if embedding is None else human.short(parameters - embedding)
-        beside = f" ({body} without embeddings)" if body else ""
+        beside = f" ({body} without embeddings and head)" if body else ""
         facts.append(f"{human.short(parameters)} parameters{beside}")
     for key in ("device", "processes", "host"):
         value = history.environment.get(key)

@@ -183,9 +183,13 @@ def _recorder(job: Job, progress: Progress) -> Recorder:
     recorder = Recorder(run, device, flops, peak_flops(run, device))
     baselines = baselines_of(run, job.mixture)
     parameters = sum(p.numel() for p in job.model.parameters())
-    embedding = sum(
-        module.weight.numel() for module in job.model.modules() if isinstance(module, nn.Embedding)
-    )
+    # Embeddings and head, as model.counts leaves them out of `non_embedding`; tied ones once.
+    ends = [
+        part
+        for name, part in job.model.named_modules()
+        if isinstance(part, nn.Embedding) or name == "head"
+    ]
+    embedding = sum(p.numel() for p in {p for part in ends for p in part.parameters()})
     recorder.event(
         progress,
         "resumed" if progress.step else "started",
