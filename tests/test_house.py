@@ -19,7 +19,7 @@ from torch import Tensor
 
 import ridgeline
 from ridgeline.run import Run
-from ridgeline.train.optimizer import token_loss
+from ridgeline.train.vocabulary import token_loss
 
 SOURCE = Path(ridgeline.__file__).parent
 ROOT = SOURCE.parent.parent

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from ridgeline.plan.plan import Plan
     from ridgeline.plan.validate import Validation
     from ridgeline.run import Run
+    from ridgeline.train.build import MakeDecoder, MakeOptimizer
     from ridgeline.train.loop import LossFunction
-    from ridgeline.train.worker import MakeDecoder, MakeOptimizer, Outcome
+    from ridgeline.train.worker import Outcome
 
 __all__ = ["plan", "prepare", "read_run", "report", "sample", "train", "validate"]
 

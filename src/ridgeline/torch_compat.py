@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 # In-process store of a one-member group; re-exported by torch.distributed only conditionally.
 # Tested on 2.13.0.
@@ -13,20 +13,38 @@ from torch._C._distributed_c10d import HashStore
 
 # FSDP2's replicate: DDP semantics on FSDP2's engine, with its mixed precision. Private path.
 # Tested on 2.13.0.
+from torch.distributed._composable.replicate_with_fsdp import ReplicateModule
 from torch.distributed._composable.replicate_with_fsdp import replicate as _replicate
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+# Backward in two halves, for the input and for the weights. Private path. Tested on 2.13.0.
+from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+# Which part of a DTensor is here. Private path. Tested on 2.13.0.
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import Placement
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointPolicy
 
 __all__ = [
     "HashStore",
     "Unfilled",
+    "as_parameter_of",
     "drop_gathered",
+    "keeps_in_selective",
+    "local_offset",
+    "local_part",
     "multiplies_bf16",
     "name_of",
     "peak_memory_bytes",
+    "reduce_now",
     "replicate",
-    "set_gradient_sync",
+    "shard",
+    "stage_backward_input",
+    "stage_backward_weight",
+    "unshard",
 ]
 
 
@@ -36,10 +54,68 @@ def replicate(module: nn.Module, mesh: DeviceMesh, precision: MixedPrecisionPoli
     replicated.set_gradient_divide_factor(1.0)
 
 
-def set_gradient_sync(module: nn.Module, on: bool) -> None:
-    """Whether the next backward reduces gradients over data-parallel ranks or only accumulates."""
-    if isinstance(module, FSDPModule):
-        module.set_requires_gradient_sync(on)
+def shard(
+    module: nn.Module, mesh: DeviceMesh, precision: MixedPrecisionPolicy, reshard: bool
+) -> None:
+    """Shard `module` over the last dimension of `mesh`, replicate it over one before it.
+
+    Gradients are summed. `reshard`: whether parameters are given back after a forward pass.
+    """
+    fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard)
+    assert isinstance(module, FSDPModule)
+    module.set_gradient_divide_factor(1.0)
+    module.set_force_sum_reduction_for_comms(True)  # gloo has no average
+
+
+def unshard(module: nn.Module) -> None:
+    """Gather the parameters of the forward pass, which a split backward pass looks for by name."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.unshard()
+
+
+def reduce_now(module: nn.Module) -> None:
+    """Reduce gradients that were written beside autograd, as a split backward does.
+
+    What FSDP2's own hooks do after a backward pass; torch.distributed.pipelining calls the same.
+    """
+    state: Any = _state_of(module)
+    for each in state._state_ctx.all_states:
+        # Several groups per module since 2.12, one before.
+        groups = getattr(each, "_fsdp_param_groups", None)
+        for group in groups if groups is not None else [each._fsdp_param_group]:
+            if group is not None:
+                group.post_backward()
+    state._root_post_backward_final_callback()
+
+
+def _state_of(module: nn.Module) -> Any:
+    kind: Any = _replicate if isinstance(module, ReplicateModule) else fully_shard
+    return kind.state(module)
+
+
+def local_offset(tensor: DTensor) -> int:
+    """Where this rank's part begins along the one dimension by which `tensor` is divided."""
+    (placement,) = (each for each in tensor.placements if isinstance(each, Shard))
+    _, offsets = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
+    return offsets[placement.dim]
+
+
+def local_part(value: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of the whole `value`, divided as the DTensor `like` is; without messages."""
+    if not isinstance(like, DTensor):
+        return value
+    shape, offsets = compute_local_shape_and_global_offset(
+        like.shape, like.device_mesh, like.placements
+    )
+    return value[tuple(slice(at, at + size) for at, size in zip(offsets, shape, strict=True))]
+
+
+def as_parameter_of(value: Tensor, mesh: DeviceMesh, placement: Placement) -> nn.Parameter:
+    """A parameter over `mesh` of which this rank keeps its part; without messages."""
+    return nn.Parameter(distribute_tensor(value, mesh, [placement], src_data_rank=None))
 
 
 def drop_gathered(module: nn.Module) -> None:
@@ -50,6 +126,22 @@ def drop_gathered(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
+
+
+PRODUCTS = (
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten.linear.default,
+    torch.ops._c10d_functional.reduce_scatter_tensor.default,
+    torch.ops._c10d_functional.all_gather_into_tensor.default,
+)
+
+
+def keeps_in_selective(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Selective recomputation keeps matrix products and messages; the rest is computed again."""
+    keep = operation in PRODUCTS
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class Unfilled(TorchFunctionMode):

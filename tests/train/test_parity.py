@@ -18,7 +18,7 @@ from torch import Tensor
 
 import ridgeline
 from ridgeline.run import Run
-from ridgeline.train.optimizer import token_loss
+from ridgeline.train.vocabulary import token_loss
 
 MakeRun = Callable[..., Run]
 RowsOf = Callable[..., list[dict[str, Any]]]

@@ -15,7 +15,7 @@ from ridgeline.data.manifest import read_manifest
 from ridgeline.model.counts import parameters
 from ridgeline.model.shape import ModelShape
 from ridgeline.run import Run
-from ridgeline.train.worker import without_memory
+from ridgeline.train.build import without_memory
 
 MakeRun = Callable[..., Run]
 RowsOf = Callable[..., list[dict[str, Any]]]

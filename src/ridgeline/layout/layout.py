@@ -80,6 +80,8 @@ class Layout(BaseModel):
     """What backward computes again instead of keeping it."""
     precision: Precision = "auto"
     """Number format of the matrix products; auto: the fastest the device multiplies natively."""
+    compile: bool = False
+    """Whether each block is compiled (`compile`)."""
     order: Annotated[tuple[Axis, Axis, Axis, Axis], BeforeValidator(_axes_from_words)] = (
         "pipeline",
         "data",
@@ -145,6 +147,8 @@ class Layout(BaseModel):
         ]
         if self.zero:
             words.insert(0, f"zero{self.zero}" + f"/{self.shard_group}" * bool(self.shard_group))
+        if self.compile:
+            words.append("compile")
         if self.order != fields["order"].default:
             words.append("-".join(AXIS_WORDS[axis] for axis in self.order))
         return " ".join(counts + words) or "dp1"
@@ -175,9 +179,11 @@ def _meaning(word: str, sentence: str) -> dict[str, Any]:
     for name, values in choices.items():
         if word in get_args(values):
             return {name: word}
+    if word == "compile":
+        return {"compile": True}
     if re.fullmatch(r"(pp|dp|cp|tp)(-(pp|dp|cp|tp)){3}", word):
         return {"order": word}
-    known = ["dp1", "cp1", "tp1", "pp1", "ep1", "mb1", "v2", "zero1", "pp-dp-cp-tp"]
+    known = ["dp1", "cp1", "tp1", "pp1", "ep1", "mb1", "v2", "zero1", "compile", "pp-dp-cp-tp"]
     known += [*get_args(Schedule), *get_args(Recompute), *get_args(Precision)]
     raise LayoutError(
         f"{word!r} in layout {sentence!r}",

@@ -3,24 +3,61 @@
 from __future__ import annotations
 
 from ridgeline.errors import LayoutError
+from ridgeline.layout.context import check_context
 from ridgeline.layout.layout import Layout
+from ridgeline.layout.stages import chunks_of
+from ridgeline.model.shape import ModelShape
+
+SPLIT_BACKWARD = ("zbh1", "izb", "zbv", "dualpipev")
 
 
-def trainable(layout: Layout) -> None:
-    """Raise LayoutError when PyTorch and this code cannot train `layout`."""
-    alone = Layout(data=layout.data, micro_batch=layout.micro_batch, precision=layout.precision)
-    if layout != alone or layout.precision not in ("auto", "fp32", "bf16"):
+def trainable(layout: Layout, shape: ModelShape, sequence: int) -> None:
+    """Raise LayoutError when PyTorch and this code cannot train `shape` in `layout`.
+
+    `sequence` in tokens. What no program could divide is `layout.arithmetic`'s to refuse.
+    """
+    if shape.latent_attention:
+        raise LayoutError(
+            f"training {shape.name}",
+            "latent attention can be planned but not yet trained",
+            "a model with ordinary or grouped-query heads",
+        )
+    if layout.precision == "fp8":
         raise LayoutError(
             f"training layout '{layout}'",
-            "this version trains data-parallel layouts: dp, mb, and fp32 or bf16",
-            f"'{Layout(data=layout.world, micro_batch=layout.micro_batch, precision='bf16')}'",
+            "matrix products in 8 bits can be planned but not yet trained",
+            f"'{layout.model_copy(update={'precision': 'bf16'})}'",
         )
+    if layout.expert_tensor > 1:
+        raise LayoutError(
+            f"training layout '{layout}'",
+            "experts are not divided by tensor: every tensor rank holds whole ones",
+            f"'{layout.model_copy(update={'expert_tensor': 1})}'",
+        )
+    if layout.compile and layout.schedule in SPLIT_BACKWARD and layout.pipeline > 1:
+        raise LayoutError(
+            f"training layout '{layout}'",
+            f"{layout.schedule} computes a backward pass in two halves, which PyTorch (2.13 and "
+            "before) cannot do inside compiled blocks",
+            f"'{layout.model_copy(update={'compile': False})}', or schedule 1f1b",
+        )
+    parts = layout.context * layout.tensor
+    if sequence % parts:
+        longer = -(-sequence // parts) * parts
+        raise LayoutError(
+            f"training layout '{layout}' with sequences of {sequence} tokens",
+            f"norms see cp·tp = {layout.context}·{layout.tensor} equal parts of a sequence: "
+            f"{sequence} is not a multiple of {parts}",
+            f"a sequence of {longer}",
+        )
+    check_context(layout, shape, sequence)
+    chunks_of(layout, shape, sequence)
 
 
-def is_trainable(layout: Layout) -> bool:
+def is_trainable(layout: Layout, shape: ModelShape, sequence: int) -> bool:
     """Whether `trainable` lets it pass."""
     try:
-        trainable(layout)
+        trainable(layout, shape, sequence)
     except LayoutError:
         return False
     return True

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,24 @@ from torch.nn import functional
 
 from ridgeline.errors import ModelError
 from ridgeline.model.shape import ModelShape
+
+TensorRule = Literal[
+    "vocabulary", "positions", "sequence", "gather", "columns", "heads", "rows", "logits"
+]
+"""How a module is divided over the tensor axis (arXiv:1909.08053, 2205.05198):
+
+vocabulary  an embedding by its rows; its output is divided along the sequence
+positions   an embedding kept whole, looked up for this rank's part of the sequence
+sequence    kept whole, and applied to this rank's part of the sequence
+gather      no weights of its own: gathers the sequence for the modules within
+columns     a linear layer by its outputs: whole sequence in, this rank's features out
+heads       kept whole, and applied to this rank's heads (B, L, heads, H)
+rows        a linear layer by its inputs; its output is summed and divided along the sequence
+logits      as columns, from a part of the sequence; the logits stay divided by vocabulary
+"""
+
+Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Attention over (q_BLNH, k_BLKH, v_BLKH), giving (B, L, N, H)."""
 
 
 class Rope:
@@ -38,19 +57,19 @@ class Rope:
         return torch.addcmul(x_BLNH * self.cos, swapped_BLNH, self.sin).to(x_BLNH.dtype)
 
 
-def make_rope(shape: ModelShape, length: int, device: torch.device) -> Rope:
-    """The angles of positions 0 to length-1, with Llama-3's scaling where the shape asks for it.
+def make_rope(shape: ModelShape, positions_L: Tensor) -> Rope:
+    """The angles of these positions, with Llama-3's scaling where the shape asks for it.
 
     Computed once per forward pass: there is no buffer that a meta build or a cast could spoil.
     """
-    exponents = torch.arange(0, shape.head_dim, 2, device=device).float() / shape.head_dim
+    exponents = torch.arange(0, shape.head_dim, 2, device=positions_L.device) / shape.head_dim
     frequencies = shape.rope_theta**-exponents
     if scaling := shape.rope_scaling:
         turns = scaling.original_max_sequence * frequencies / (2 * math.pi)
         low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
         kept = ((turns - low) / (high - low)).clamp(0, 1)
         frequencies = frequencies * (kept + (1 - kept) / scaling.factor)
-    angles = torch.outer(torch.arange(length, device=device).float(), frequencies)
+    angles = torch.outer(positions_L.float(), frequencies)
     cos, sin = angles.cos(), angles.sin()
     return Rope(torch.cat([cos, cos], -1)[:, None], torch.cat([-sin, sin], -1)[:, None])
 
@@ -61,8 +80,23 @@ def make_norm(shape: ModelShape) -> nn.Module:
     return kind(shape.hidden, eps=shape.norm_eps)
 
 
+def causal_attention(q_BLNH: Tensor, k_BLKH: Tensor, v_BLKH: Tensor) -> Tensor:
+    """Each position's mixture (B, L, N, H) of the values of positions up to its own."""
+    mixed_BNLH = functional.scaled_dot_product_attention(
+        q_BLNH.transpose(1, 2),
+        k_BLKH.transpose(1, 2),
+        v_BLKH.transpose(1, 2),
+        is_causal=True,
+        enable_gqa=q_BLNH.shape[2] != k_BLKH.shape[2],
+    )
+    return mixed_BNLH.transpose(1, 2)
+
+
 class Attention(nn.Module):
-    """Causal self-attention: multi-head, or grouped-query when kv_heads < heads."""
+    """Causal self-attention: multi-head, or grouped-query when kv_heads < heads.
+
+    `mix` does the attention itself; where a sequence is divided over ranks another takes its place.
+    """
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()
@@ -74,6 +108,7 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(shape.head_dim, eps=shape.norm_eps) if shape.qk_norm else None
         self.k_norm = nn.RMSNorm(shape.head_dim, eps=shape.norm_eps) if shape.qk_norm else None
         self.out = nn.Linear(query, shape.hidden, bias=shape.bias)
+        self.mix: Mix = causal_attention
 
     def forward(self, x_BLD: Tensor, rope: Rope | None) -> Tensor:
         B, L, _ = x_BLD.shape
@@ -84,14 +119,7 @@ class Attention(nn.Module):
             q_BLNH, k_BLKH = self.q_norm(q_BLNH), self.k_norm(k_BLKH)
         if rope is not None:
             q_BLNH, k_BLKH = rope.rotate(q_BLNH), rope.rotate(k_BLKH)
-        mixed_BNLH = functional.scaled_dot_product_attention(
-            q_BLNH.transpose(1, 2),
-            k_BLKH.transpose(1, 2),
-            v_BLKH.transpose(1, 2),
-            is_causal=True,
-            enable_gqa=q_BLNH.shape[2] != k_BLKH.shape[2],
-        )
-        out_BLD: Tensor = self.out(mixed_BNLH.transpose(1, 2).flatten(2))
+        out_BLD: Tensor = self.out(self.mix(q_BLNH, k_BLKH, v_BLKH).flatten(2))
         return out_BLD
 
 
@@ -141,6 +169,24 @@ class Decoder(nn.Module):
     `to_empty(device=...)` and `initialise(seed)`.
     """
 
+    tensor_parallel: ClassVar[dict[str, TensorRule]] = {
+        "embedding": "vocabulary",
+        "positions": "positions",
+        "blocks.*.attention_norm": "sequence",
+        "blocks.*.attention": "gather",
+        "blocks.*.attention.[qkv]": "columns",
+        "blocks.*.attention.[qk]_norm": "heads",
+        "blocks.*.attention.out": "rows",
+        "blocks.*.mlp_norm": "sequence",
+        "blocks.*.mlp": "gather",
+        "blocks.*.mlp.gate": "columns",
+        "blocks.*.mlp.up": "columns",
+        "blocks.*.mlp.down": "rows",
+        "norm": "sequence",
+        "head": "logits",
+    }
+    """What tensor parallelism does to each module; a block of one's own names its own."""
+
     def __init__(self, shape: ModelShape) -> None:
         """Raises ModelError for experts and latent attention, which can only be planned."""
         super().__init__()
@@ -160,15 +206,19 @@ class Decoder(nn.Module):
         self.head: nn.Linear | None = nn.Linear(shape.hidden, shape.vocab, bias=False)
         self._tie()
 
-    def forward(self, tokens_BL: Tensor) -> Tensor:
-        """Logits (B, L, V) of the token after each position, in the precision of the weights."""
-        length, device = tokens_BL.shape[1], tokens_BL.device
-        rope = make_rope(self.shape, length, device) if self.shape.positions == "rope" else None
+    def forward(self, tokens_BL: Tensor, positions_L: Tensor | None = None) -> Tensor:
+        """Logits (B, L, V) of the token after each position, in the precision of the weights.
+
+        `positions_L` says where in the sequence the tokens stand; default: 0 to L-1.
+        """
+        if positions_L is None:
+            positions_L = torch.arange(tokens_BL.shape[1], device=tokens_BL.device)
+        rope = make_rope(self.shape, positions_L) if self.shape.positions == "rope" else None
         x_BLD = tokens_BL
         if self.embedding is not None:
             x_BLD = self.embedding(tokens_BL)
         if self.positions is not None:
-            x_BLD = x_BLD + self.positions(torch.arange(length, device=device))
+            x_BLD = x_BLD + self.positions(positions_L)
         for block in self.blocks.values():
             x_BLD = block(x_BLD, rope)
         if self.norm is not None:

@@ -14,7 +14,7 @@ import json
 import shutil
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -69,21 +69,21 @@ class Progress:
     """Fingerprint of the mixture."""
 
 
-def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def tensors_of(chunks: Sequence[nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Name to tensor of all that a resumed run needs: weights, buffers, optimizer and random state.
 
     Shared parameters are named once. The optimizer's state must exist (see `make_state`).
     """
-    named = dict(model.named_parameters())
-    owned = set(named.values())
-    buffers = {
-        name: value
-        for name, value in model.state_dict(keep_vars=True).items()
-        if not isinstance(value, nn.Parameter)
-    }
-    tensors = {f"model.{name}": value for name, value in (named | buffers).items()}
-    for name, parameter in named.items():
-        if parameter in owned:
+    tensors: dict[str, Tensor] = {}
+    for chunk in chunks:
+        named = dict(chunk.named_parameters())
+        buffers = {
+            name: value
+            for name, value in chunk.state_dict(keep_vars=True).items()
+            if not isinstance(value, nn.Parameter)
+        }
+        tensors |= {f"model.{name}": value for name, value in (named | buffers).items()}
+        for name, parameter in named.items():
             for key, value in optimizer.state[parameter].items():
                 tensors[f"optimizer.{name}.{key}"] = value
     rank = dist.get_rank() if dist.is_initialized() else 0
@@ -91,7 +91,7 @@ def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
     return tensors
 
 
-def make_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def make_state(optimizer: torch.optim.Optimizer) -> None:
     """Create the optimizer's state tensors by a step with zero gradients and zero learning rate.
 
     The values are then overwritten by `load`; weights do not change, since every update is
@@ -134,7 +134,12 @@ def load(path: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | N
     is damaged or lacks a tensor.
     """
     manifest = read_manifest(path)
-    wanted = {name: value for name, value in tensors.items() if name in manifest["tensors"]}
+    # A tied head has its own copy on the last chunk of a pipeline; elsewhere it is the embedding.
+    there = {
+        name: name if name in manifest["tensors"] else name.replace("head.", "embedding.", 1)
+        for name in tensors
+    }
+    wanted = {n: v for n, v in tensors.items() if there[n] in manifest["tensors"]}
     if missing := [n for n in tensors if n not in wanted and not n.startswith("random.")]:
         raise CheckpointError(
             f"checkpoint {path}",
@@ -142,16 +147,21 @@ def load(path: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | N
             "the model and optimizer that wrote it",
         )
     for name, value in wanted.items():
-        there = manifest["tensors"][name]["shape"]
-        if there != list(value.shape):
+        saved = manifest["tensors"][there[name]]["shape"]
+        if saved != list(value.shape):
             raise CheckpointError(
-                f"checkpoint {path}", f"{name} is {there} there and {list(value.shape)} here", ""
+                f"checkpoint {path}", f"{name} is {saved} there and {list(value.shape)} here", ""
             )
     reader = _Reader(path, manifest)
+    loaded = {there[name]: value for name, value in reversed(wanted.items())}
     with _planning(f"checkpoint {path}", "read"):
         load_planned(
-            dict(wanted), storage_reader=reader, process_group=group, no_dist=group is None
+            dict(loaded), storage_reader=reader, process_group=group, no_dist=group is None
         )
+    with torch.no_grad():
+        for name, value in wanted.items():
+            if value is not loaded[there[name]]:
+                value.copy_(loaded[there[name]])
     for name, value in wanted.items():
         if name.startswith("random."):
             torch.set_rng_state(value)

@@ -5,7 +5,7 @@ Shape suffixes: B sequences of a micro-batch, L tokens of a sequence, V vocabula
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,14 +13,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ridgeline.data.mixture import Mixture
+from ridgeline.layout.layout import Layout
 from ridgeline.run import Run
-from ridgeline.torch_compat import drop_gathered, set_gradient_sync
+from ridgeline.torch_compat import drop_gathered
 from ridgeline.train.agreement import Agreement
 from ridgeline.train.checkpoint import Progress
-from ridgeline.train.optimizer import IGNORED, clip_gradients
+from ridgeline.train.optimizer import clip, totals
 from ridgeline.train.parallelize import Mesh
+from ridgeline.train.pipeline import LossOf, Pipeline
 from ridgeline.train.schedule import batch_at, first_sample, learning_rate, run_fraction
 from ridgeline.train.telemetry import Clock, Observation
+from ridgeline.train.tied import sum_tied
+from ridgeline.train.vocabulary import IGNORED
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 """(logits_BLV, targets_BL) -> sum over valid targets; IGNORED targets count nothing."""
@@ -32,7 +36,8 @@ class Job:
 
     run: Run
     mesh: Mesh
-    model: nn.Module
+    pipeline: Pipeline
+    """This rank's chunks of the model."""
     loss: LossFunction
     optimizer: torch.optim.Optimizer
     mixture: Mixture
@@ -42,10 +47,18 @@ class Job:
     """Whether somebody asked this rank to stop."""
 
     @property
-    def micro_batch(self) -> int:
-        """Sequences per micro-batch of this rank."""
-        assert self.run.layout != "auto"  # resolved before any process starts
-        return self.run.layout.micro_batch
+    def chunks(self) -> list[nn.Module]:
+        """This rank's part of the model; one chunk, the whole of it, without a pipeline."""
+        return list(self.pipeline.chunks.values())
+
+    @property
+    def layout(self) -> Layout:
+        """How the run is divided."""
+        return self.mesh.layout
+
+    def counted(self, loss: Tensor) -> Tensor:
+        """`loss` where a sum over all ranks should count it: tensor ranks all have the same."""
+        return loss if self.mesh.place["tensor"] == 0 else torch.zeros_like(loss)
 
 
 def train_loop(
@@ -59,7 +72,7 @@ def train_loop(
     `observe` gets every step's numbers, still on the device; `after_step(progress, complete, stop)`
     evaluates and saves.
     """
-    run, model, optimizer, clock = job.run, job.model, job.optimizer, job.clock
+    run, optimizer, clock = job.run, job.optimizer, job.clock
     stop, fraction = False, run_fraction(run, progress.step, progress.elapsed_s)
     while fraction < 1 and not stop:
         step = progress.step
@@ -68,21 +81,16 @@ def train_loop(
             group["lr"] = rate
 
         with clock.phase("data"):
-            micro_batches = list(fetch(job, step))
-            valid = torch.stack([(targets >= 0).sum() for _, targets in micro_batches]).sum()
-            dist.all_reduce(valid, group=job.mesh.data.get_group())
+            inputs, targets = fetch(job, step)
+            valid = job.mesh.sum_over_replicas(valid_tokens(targets))
 
-        loss = torch.zeros((), device=job.mesh.device)
-        for index, (inputs_BL, targets_BL) in enumerate(micro_batches):
-            set_gradient_sync(model, index == len(micro_batches) - 1)
-            with clock.phase("forward"):
-                micro_loss = job.loss(model(inputs_BL), targets_BL) / valid
-            with clock.phase("backward"):
-                torch.autograd.backward(micro_loss)
-            loss += micro_loss.detach()
+        loss = job.pipeline.run(inputs, mean_loss(job.loss, targets, valid))
 
         with clock.phase("optimizer"):
-            norm = clip_gradients(model.parameters(), run.optimizer.clip_norm)
+            parameters = [p for chunk in job.chunks for p in chunk.parameters()]
+            repeated = sum_tied(job.pipeline) if run.model.tied else None
+            norm, loss = totals(parameters, job.counted(loss), job.layout, repeated)
+            clip(parameters, norm, run.optimizer.clip_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
@@ -103,23 +111,34 @@ def train_loop(
     return progress, fraction >= 1
 
 
-def fetch(job: Job, step: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's micro-batches of `step`: (inputs_BL, targets_BL), int64, on its device.
+def fetch(job: Job, step: int) -> tuple[list[Tensor], list[Tensor]]:
+    """This rank's micro-batches of `step`: inputs and targets, each (B, L) int64 on its device.
 
     Micro-batch i of all ranks together is a contiguous run of samples, so which samples a step
     holds depends on the step alone.
     """
-    size, ranks = job.micro_batch, job.mesh.data_size
-    start = first_sample(job.run, step)
-    for offset in range(0, batch_at(job.run, step), size * ranks):
-        first = start + offset + job.mesh.data_rank * size
-        yield split(job.mixture.batch(first, size), job.mesh.device)
+    size, ranks = job.layout.micro_batch, job.layout.data
+    start = first_sample(job.run, step) + job.mesh.place["data"] * size
+    offsets = range(0, batch_at(job.run, step), size * ranks)
+    windows = [torch.as_tensor(job.mixture.batch(start + at, size)) for at in offsets]
+    return split(job, windows)
 
 
-def split(windows: object, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Windows of L + 1 tokens as (inputs_BL, targets_BL): targets are the next tokens."""
-    tokens = torch.as_tensor(windows).to(device, non_blocking=True)
-    return tokens[:, :-1], tokens[:, 1:]
+def valid_tokens(targets: Sequence[Tensor]) -> Tensor:
+    """How many targets of some micro-batches count."""
+    return torch.stack([(each != IGNORED).sum() for each in targets]).sum()
+
+
+def mean_loss(loss: LossFunction, targets: Sequence[Tensor], valid: Tensor | int) -> LossOf:
+    """The loss of micro-batch k over its targets, as its share of the mean over `valid` tokens."""
+    return lambda logits_BLV, k: loss(logits_BLV, targets[k]) / valid
+
+
+def split(job: Job, windows: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """This rank's part of windows of S + 1 tokens: (inputs_BL, targets_BL), the next tokens."""
+    device, here_L = job.mesh.device, job.pipeline.positions
+    tokens = [each.to(device, non_blocking=True) for each in windows]
+    return [each[:, here_L] for each in tokens], [each[:, here_L + 1] for each in tokens]
 
 
 @torch.no_grad()
@@ -130,21 +149,22 @@ def held_out_losses(job: Job) -> dict[str, float]:
     targets.
     """
     losses = {}
-    size, ranks = job.micro_batch, job.mesh.data_size
-    job.model.eval()
+    size, ranks = job.layout.micro_batch, job.layout.data
+    for chunk in job.chunks:
+        chunk.eval()
     for corpus in job.mixture.corpora:
         windows = torch.as_tensor(job.mixture.held_out(corpus.name, job.run.evaluation.sequences))
-        total = torch.zeros(2, dtype=torch.float64, device=job.mesh.device)
-        for start in range(0, len(windows), size * ranks):
-            first = start + job.mesh.data_rank * size
-            rows = windows[torch.arange(first, first + size) % len(windows)]
-            inputs_BL, targets_BL = split(rows, job.mesh.device)
-            surplus = torch.arange(first, first + size) >= len(windows)
-            targets_BL = targets_BL.masked_fill(surplus[:, None].to(targets_BL.device), IGNORED)
-            total[0] += job.loss(job.model(inputs_BL), targets_BL)
-            total[1] += (targets_BL >= 0).sum()
-        dist.all_reduce(total, group=job.mesh.data.get_group())
-        losses[corpus.name] = float(total[0] / total[1])
-    drop_gathered(job.model)
-    job.model.train()
+        every = torch.arange(-(-len(windows) // (size * ranks)) * size * ranks)
+        # (micro-batches, B) rows of this rank, the last of them perhaps beyond the windows
+        mine = every.view(-1, ranks, size)[:, job.mesh.place["data"]]
+        inputs, targets = split(job, [windows[rows % len(windows)] for rows in mine])
+        for rows, targets_BL in zip(mine, targets, strict=True):
+            targets_BL[(rows >= len(windows)).to(targets_BL.device)] = IGNORED
+        loss = job.counted(job.pipeline.run(inputs, mean_loss(job.loss, targets, 1), False))
+        dist.all_reduce(loss)
+        valid = job.mesh.sum_over_replicas(valid_tokens(targets))
+        losses[corpus.name] = float(loss / valid)
+    for chunk in job.chunks:
+        drop_gathered(chunk)
+        chunk.train()
     return losses

@@ -1,29 +1,32 @@
-"""AdamW, gradient clipping, and the default loss."""
+"""AdamW, and the norm of gradients that lie divided over ranks."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from ridgeline.layout.grid import holders
+from ridgeline.layout.layout import Layout
 from ridgeline.run import Optimizer
-
-IGNORED = -100
-"""A target that counts for nothing: padding, or a token the loss leaves out."""
 
 
 def adamw(model: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
     """Fused AdamW; weight decay on parameters of two or more dimensions only."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    groups: dict[tuple[bool, DeviceMesh | None], list[nn.Parameter]] = defaultdict(list)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            # One fused call updates DTensors of one mesh; experts have another.
+            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+            groups[parameter.ndim >= 2, mesh].append(parameter)
+    decays = {True: settings.weight_decay, False: 0.0}
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        [{"params": each, "weight_decay": decays[key[0]]} for key, each in groups.items()],
         lr=settings.lr,
         betas=(settings.beta1, settings.beta2),
         eps=settings.eps,
@@ -31,16 +34,40 @@ def adamw(model: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
     )
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], clip_norm: float) -> Tensor:
-    """Scale gradients to a global norm of at most `clip_norm` (0: leave them); the norm before."""
-    with_gradient = [p for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in with_gradient if p.grad is not None])
-    if clip_norm:
-        torch.nn.utils.clip_grads_with_norm_(with_gradient, clip_norm, norm)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+def totals(
+    parameters: Iterable[nn.Parameter],
+    loss: Tensor,
+    layout: Layout,
+    repeated: nn.Parameter | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Norm of the whole model's gradient, and the sum of all ranks' `loss`, in one message.
+
+    Each rank gives the squares of its shards, each divided by the number of ranks that hold the
+    same shard; so every number of the model counts once, whatever divides it. `repeated` is a
+    parameter that another chunk counts.
+    """
+    squares = loss.new_zeros(2)
+    squares[1] = loss
+    by_holders: dict[int, list[Tensor]] = defaultdict(list)
+    for parameter in parameters:
+        gradient, parts = None if parameter is repeated else parameter.grad, [1]
+        if isinstance(gradient, DTensor):
+            sizes = zip(gradient.placements, gradient.device_mesh.shape, strict=True)
+            parts = [size for placement, size in sizes if not placement.is_replicate()]
+            gradient = gradient.to_local()
+        if gradient is not None:
+            by_holders[holders(layout, parts)].append(gradient)
+    for number, gradients in by_holders.items():
+        norms = torch.stack(torch._foreach_norm(gradients))
+        squares[0] += norms.square().sum() / number
+    dist.all_reduce(squares)
+    return squares[0].sqrt(), squares[1]
 
 
-def token_loss(logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
-    """Sum over tokens of the cross-entropy in nats, in float32; IGNORED targets count nothing."""
-    logits_TV, targets_T = logits_BLV.flatten(0, 1).float(), targets_BL.flatten()
-    return F.cross_entropy(logits_TV, targets_T, ignore_index=IGNORED, reduction="sum")
+def clip(parameters: Iterable[nn.Parameter], norm: Tensor, most: float) -> None:
+    """Scale gradients so that their norm is at most `most`; 0 leaves them."""
+    if most:
+        scale = (most / (norm + 1e-6)).clamp(max=1.0)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+        torch._foreach_mul_(local, scale)

@@ -1,57 +1,143 @@
 """A Layout applied to a decoder that knows nothing of parallelism: the one place where it happens.
 
-Gradients are summed over data-parallel ranks, never averaged: the loss is divided by the number of
-valid tokens of the whole global batch before backward, so the sum is the mean over tokens.
+Gradients are summed over ranks, never averaged: the loss is divided by the number of valid tokens
+of the whole global batch before backward, so the sum is the mean over tokens.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
 
 import torch
-from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from ridgeline.layout.layout import Layout
-from ridgeline.torch_compat import replicate
+from ridgeline.layout.context import kind_of, positions_of
+from ridgeline.layout.grid import RankGrid, expert_sizes, shard_sizes
+from ridgeline.layout.layout import Axis, Layout
+from ridgeline.layout.stages import Chunk
+from ridgeline.model.shape import ModelShape
+from ridgeline.train.context import ContextAttention
+from ridgeline.train.tensor import divide_tensors
+from ridgeline.torch_compat import keeps_in_selective, replicate, shard
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""What weights are cast to for the matrix products; in every other precision they stay float32."""
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """Who this process is: its device, and its place on the data axis of the device mesh."""
+    """Who this process is, and whom it shares each axis with."""
 
-    devices: DeviceMesh
+    layout: Layout
     device: torch.device
     rank: int
-    data_rank: int
-    data_size: int
+    devices: DeviceMesh
+    """All ranks: pipeline, replicate, shard, tensor. Copies and shards are data·context."""
+    sequences: DeviceMesh | None
+    """All ranks: pipeline, data, context, tensor; None where no sequence is divided."""
+    experts: DeviceMesh | None
+    """All ranks: pipeline, replicas of an expert, expert, tensor; None without expert parallel."""
 
-    @property
-    def data(self) -> DeviceMesh:
-        """The data axis."""
-        return self.devices["data"]
+    @cached_property
+    def place(self) -> dict[Axis, int]:
+        """Where this rank sits on each axis."""
+        return RankGrid(self.layout).place(self.rank)
+
+    def sum_over_replicas(self, value: Tensor) -> Tensor:
+        """`value` summed in place over data and context ranks."""
+        for axis in ("shard", "replicate"):
+            if self.devices[axis].size() > 1:
+                dist.all_reduce(value, group=self.devices[axis].get_group())
+        return value
+
+    def positions(self, shape: ModelShape, sequence: int) -> Tensor:
+        """Where in the sequence this rank's tokens stand, int64 (L,)."""
+        mine = positions_of(self.layout, shape, sequence, self.place["context"])
+        return torch.tensor([position for part in mine for position in part], device=self.device)
 
 
 def make_mesh(layout: Layout, device: torch.device, rank: int) -> Mesh:
-    """The device mesh of `layout`; needs an initialised process group of `layout.world` ranks."""
-    devices = init_device_mesh(device.type, (layout.data,), mesh_dim_names=("data",))
-    return Mesh(devices, device, rank, devices.get_local_rank("data"), layout.data)
+    """The meshes of `layout`; needs an initialised process group of `layout.world` ranks."""
+    ranks = torch.tensor(RankGrid(layout).ranks())
+    ends = layout.pipeline, layout.tensor
+
+    def mesh(middle: tuple[int, int], names: tuple[str, str]) -> DeviceMesh:
+        grid = ranks.view(ends[0], *middle, ends[1])
+        return DeviceMesh(device.type, grid, mesh_dim_names=("pipeline", *names, "tensor"))
+
+    devices = mesh(shard_sizes(layout), ("replicate", "shard"))
+    sequences = experts = None
+    if layout.context > 1:
+        sequences = mesh((layout.data, layout.context), ("data", "context"))
+    if layout.expert > 1:
+        experts = mesh(expert_sizes(layout), ("expert_replicate", "expert"))
+    return Mesh(layout, device, rank, devices, sequences, experts)
 
 
-def parallelize(model: nn.Module, layout: Layout, mesh: Mesh) -> None:
-    """Apply `layout` to `model` in place: each block, then the rest, becomes a replicated unit.
+def cut(model: nn.Module, chunk: Chunk) -> None:
+    """Take from a whole decoder, in place, what does not lie in `chunk`; names stay."""
+    blocks = model.blocks
+    assert isinstance(blocks, nn.ModuleDict)
+    for layer in list(blocks):
+        if int(layer) not in chunk.layers:
+            del blocks[layer]
+    absent = () if chunk.first else ("embedding", "positions")
+    for name in absent if chunk.last else (*absent, "norm", "head"):
+        setattr(model, name, None)
 
-    With bf16, parameters stay in float32 (the master weights), are cast once per step for the
-    matrix products, and gradients are reduced in float32.
+
+def parallelize(model: nn.Module, shape: ModelShape, mesh: Mesh) -> None:
+    """Apply the mesh's layout to `model`, a decoder or a chunk of one, in place.
+
+    In this order: the sequence over context ranks, weights over tensor ranks, experts over theirs,
+    recomputation, compilation, and each block, then the rest, over data ranks. With 16 bits,
+    parameters stay in float32 (the master weights), are cast for the matrix products, and gradients
+    are reduced in float32.
     """
-    precision = (
-        MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        if layout.precision == "bf16"
-        else MixedPrecisionPolicy()
-    )
-    blocks = getattr(model, "blocks", None)
-    if isinstance(blocks, nn.ModuleDict):
-        for block in blocks.values():
-            replicate(block, mesh.data, precision)
-    replicate(model, mesh.data, precision)
+    layout = mesh.layout
+    parts = getattr(model, "blocks", None)
+    blocks = list(parts.values()) if isinstance(parts, nn.ModuleDict) else []
+    if mesh.sequences is not None:
+        group = mesh.sequences["context"].get_group()
+        attend = ContextAttention(group, kind_of(layout, shape))
+        for module in model.modules():
+            if hasattr(module, "mix"):
+                module.mix = attend
+    if layout.tensor > 1:
+        divide_tensors(model, mesh.devices["tensor"])
+    for block in blocks:
+        if layout.recompute != "none":
+            block.forward = partial(_recomputing, layout.recompute, block.forward)
+        if layout.compile:
+            block.compile()
+    precision = MixedPrecisionPolicy()
+    if dtype := PRECISIONS.get(layout.precision):
+        precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for unit in (*blocks, model):
+        _over_data(unit, layout, mesh.devices, precision)
+
+
+def _over_data(
+    unit: nn.Module, layout: Layout, devices: DeviceMesh, precision: MixedPrecisionPolicy
+) -> None:
+    """Replicate or shard one unit's parameters over the data and context ranks."""
+    if layout.zero == 0:
+        replicate(unit, devices["replicate"], precision)
+    elif devices["replicate"].size() == 1:
+        shard(unit, devices["shard"], precision, layout.zero == 3)
+    else:
+        shard(unit, devices["replicate", "shard"], precision, layout.zero == 3)
+
+
+def _recomputing(kind: str, forward: Any, *arguments: Any) -> Any:
+    """A block's forward pass that backward does again: all of it, or what is not a product."""
+    if kind == "full":
+        return checkpoint(forward, *arguments, use_reentrant=False)
+    contexts = partial(create_selective_checkpoint_contexts, keeps_in_selective)
+    return checkpoint(forward, *arguments, use_reentrant=False, context_fn=contexts)

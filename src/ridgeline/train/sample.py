@@ -14,9 +14,9 @@ from ridgeline.errors import CheckpointError, RunError, RunFolderError, Tokenize
 from ridgeline.model.decoder import Decoder
 from ridgeline.run import read_run
 from ridgeline.train import checkpoint
+from ridgeline.train.build import MakeDecoder
 from ridgeline.train.folder import checkpoints_of, latest_run_file
 from ridgeline.train.resolve import this_host
-from ridgeline.train.worker import MakeDecoder
 
 
 def sample(

@@ -59,7 +59,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Observation:
-    """One step's numbers; `loss` is this rank's share of the mean, both tensors on the device."""
+    """One step's numbers, the whole model's and alike on all ranks; tensors on the device."""
 
     progress: Progress
     loss: Tensor

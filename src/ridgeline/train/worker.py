@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,7 +15,6 @@ from torch import nn
 
 from ridgeline.data.manifest import Baselines
 from ridgeline.data.mixture import Mixture, open_mixture
-from ridgeline.errors import ModelError
 from ridgeline.launch.local import (
     StopFlag,
     local_processes,
@@ -26,20 +25,16 @@ from ridgeline.layout.layout import Layout
 from ridgeline.machine.device import device as device_named
 from ridgeline.machine.device import recognise
 from ridgeline.model.counts import flops_per_token
-from ridgeline.model.shape import ModelShape
-from ridgeline.run import Optimizer, Run
-from ridgeline.torch_compat import HashStore, Unfilled, name_of
+from ridgeline.run import Run
+from ridgeline.torch_compat import HashStore, name_of
 from ridgeline.train import checkpoint
-from ridgeline.train.agreement import Agreement
+from ridgeline.train.build import MakeDecoder, MakeOptimizer, make_job, without_memory
 from ridgeline.train.checkpoint import Progress
 from ridgeline.train.folder import checkpoints_of
 from ridgeline.train.loop import Job, LossFunction, held_out_losses, train_loop
-from ridgeline.train.parallelize import Mesh, make_mesh, parallelize
+from ridgeline.train.parallelize import make_mesh
 from ridgeline.train.schedule import total_steps
-from ridgeline.train.telemetry import Clock, Observation, Recorder, drop_after
-
-MakeDecoder = Callable[[ModelShape], nn.Module]
-MakeOptimizer = Callable[[nn.Module, Optimizer], torch.optim.Optimizer]
+from ridgeline.train.telemetry import Observation, Recorder, drop_after
 
 
 @dataclass(frozen=True)
@@ -71,13 +66,12 @@ def work(
         assert isinstance(run.layout, Layout)
         mesh = make_mesh(run.layout, device, dist.get_rank())
         mixture = mixture_of(run)
-        model = build(run, decoder, mesh)
-        torch.manual_seed(run.seed + mesh.rank)  # for what a user's own decoder draws, as dropout
-        optimizer = make_optimizer(model, run.optimizer)
-        agreement = Agreement(control)
-        job = Job(run, mesh, model, loss, optimizer, mixture, agreement, Clock(), stop.is_set)
+        job = make_job(run, decoder, loss, make_optimizer, mesh, mixture, control, stop)
         progress = _resume(job, control)
-        keeper = Keeper(job, control, _recorder(job, progress) if mesh.rank == 0 else None)
+        recorder = None
+        if mesh.rank == 0:
+            recorder = _recorder(job, without_memory(decoder, run.model), progress)
+        keeper = Keeper(job, control, recorder)
         return keeper.run(progress)
 
 
@@ -93,38 +87,6 @@ def baselines_of(run: Run, mixture: Mixture) -> Baselines | None:
     baselines = mixture.manifest.baselines
     weights = {corpus.name: corpus.weight for corpus in run.data.corpora}
     return baselines if baselines and baselines.weights == weights else None
-
-
-def without_memory(decoder: MakeDecoder, shape: ModelShape) -> nn.Module:
-    """The decoder on the meta device: its names and shapes, and no values."""
-    with torch.device("meta"), Unfilled():
-        return decoder(shape)
-
-
-def build(run: Run, decoder: MakeDecoder, mesh: Mesh) -> nn.Module:
-    """The decoder with its initial weights, divided by the layout, on this rank's device.
-
-    A decoder with `initialise(seed)` is made without memory first and filled in place; another one
-    is made as it makes itself, after seeding PyTorch.
-    """
-    assert isinstance(run.layout, Layout)
-    model = without_memory(decoder, run.model)
-    initialise = getattr(model, "initialise", None)
-    if initialise is not None:
-        try:
-            model.to_empty(device=mesh.device)
-        except RuntimeError as fault:  # what PyTorch raises when memory ends, on every device
-            raise ModelError(
-                f"building {run.model.name} on {mesh.device}",
-                str(fault).splitlines()[0],
-                "a smaller model, or more memory",
-            ) from None
-        initialise(run.seed)
-    else:
-        torch.manual_seed(run.seed)
-        model = decoder(run.model).to(mesh.device)
-    parallelize(model, run.layout, mesh)
-    return model
 
 
 @contextmanager
@@ -156,8 +118,8 @@ def _resume(job: Job, group: dist.ProcessGroup | None) -> Progress:
     path = checkpoint.newest(checkpoints_of(job.run.path))
     if path is None:
         return Progress(data=job.mixture.fingerprint)
-    checkpoint.make_state(job.model, job.optimizer)
-    tensors = checkpoint.tensors_of(job.model, job.optimizer)
+    checkpoint.make_state(job.optimizer)
+    tensors = checkpoint.tensors_of(job.chunks, job.optimizer)
     return checkpoint.load(path, tensors, group)
 
 
@@ -175,18 +137,18 @@ def peak_flops(run: Run, device: torch.device) -> float | None:
     return known.peak_flops.get(run.layout.precision) if known else None
 
 
-def _recorder(job: Job, progress: Progress) -> Recorder:
+def _recorder(job: Job, whole: nn.Module, progress: Progress) -> Recorder:
     """Rank 0's recorder, after saying what is trained and what was restored."""
     run, device = job.run, job.mesh.device
     drop_after(run.path / "metrics.jsonl", progress.step)
     flops = flops_per_token(run.model, run.sequence, "causal").total
     recorder = Recorder(run, device, flops, peak_flops(run, device))
     baselines = baselines_of(run, job.mixture)
-    parameters = sum(p.numel() for p in job.model.parameters())
+    parameters = sum(p.numel() for p in whole.parameters())
     # Embeddings and head, as model.counts leaves them out of `non_embedding`; tied ones once.
     ends = [
         part
-        for name, part in job.model.named_modules()
+        for name, part in whole.named_modules()
         if isinstance(part, nn.Embedding) or name == "head"
     ]
     embedding = sum(p.numel() for p in {p for part in ends for p in part.parameters()})
@@ -243,7 +205,6 @@ class Keeper:
         last = step == total_steps(self.job.run)
         if step % self.job.run.logging.every_steps and step != 1 and not last:
             return
-        dist.all_reduce(seen.loss, group=self.job.mesh.data.get_group())
         loss = float(seen.loss)
         seconds = self.job.clock.take()
         if self.recorder:
@@ -274,7 +235,7 @@ class Keeper:
     def save(self, progress: Progress) -> None:
         """Save a checkpoint of all ranks and drop old ones."""
         folder = checkpoints_of(self.job.run.path)
-        tensors = checkpoint.tensors_of(self.job.model, self.job.optimizer)
+        tensors = checkpoint.tensors_of(self.job.chunks, self.job.optimizer)
         path = checkpoint.save(folder, tensors, progress, self.group)
         if self.recorder:
             checkpoint.keep_newest(folder, self.job.run.checkpoint.keep)

@@ -1,0 +1,121 @@
+"""The model of a run: made, cut, divided and filled on this rank, with all it is trained with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from ridgeline.data.mixture import Mixture
+from ridgeline.errors import ModelError
+from ridgeline.launch.local import StopFlag
+from ridgeline.layout.schedules import pipeline_schedule
+from ridgeline.layout.stages import Chunk, chunks_of
+from ridgeline.model.shape import ModelShape
+from ridgeline.run import Optimizer, Run
+from ridgeline.torch_compat import Unfilled, local_part
+from ridgeline.train.agreement import Agreement
+from ridgeline.train.loop import Job, LossFunction
+from ridgeline.train.parallelize import PRECISIONS, Mesh, cut, parallelize
+from ridgeline.train.pipeline import Pipeline
+from ridgeline.train.telemetry import Clock
+
+MakeDecoder = Callable[[ModelShape], nn.Module]
+MakeOptimizer = Callable[[nn.Module, Optimizer], torch.optim.Optimizer]
+
+
+def without_memory(decoder: MakeDecoder, shape: ModelShape) -> nn.Module:
+    """The decoder on the meta device: its names and shapes, and no values."""
+    with torch.device("meta"), Unfilled():
+        return decoder(shape)
+
+
+def make_job(
+    run: Run,
+    decoder: MakeDecoder,
+    loss: LossFunction,
+    make_optimizer: MakeOptimizer,
+    mesh: Mesh,
+    mixture: Mixture,
+    control: dist.ProcessGroup | None,
+    stop: StopFlag,
+) -> Job:
+    """The model, divided and with its initial weights, and all that this rank trains it with."""
+    clock = Clock()
+    pipeline = build(run, decoder, mesh, clock)
+    chunks = list(pipeline.chunks.values())
+    torch.manual_seed(run.seed + mesh.rank)  # for what a user's own decoder draws, as dropout
+    model = chunks[0] if len(chunks) == 1 else nn.ModuleList(chunks)
+    optimizer = make_optimizer(model, run.optimizer)
+    agreement = Agreement(control)
+    return Job(run, mesh, pipeline, loss, optimizer, mixture, agreement, clock, stop.is_set)
+
+
+def build(run: Run, decoder: MakeDecoder, mesh: Mesh, clock: Clock) -> Pipeline:
+    """This rank's chunks of the decoder, divided by the layout, with their initial weights.
+
+    A decoder with `initial_values(seed)` is made without memory first, and each rank fills the
+    parts it keeps; another one is made whole, as it makes itself after seeding PyTorch.
+    """
+    layout, shape = mesh.layout, run.model
+    cuts = chunks_of(layout, shape, run.sequence)
+    ranks = pipeline_schedule(layout.schedule, layout.pipeline, 1, layout.interleave).rank_of_chunk
+    mine = [chunk for chunk in cuts if ranks[chunk.index] == mesh.place["pipeline"]]
+    chunks = {chunk.index: _make_chunk(run, decoder, mesh, chunk, len(cuts)) for chunk in mine}
+    length = run.sequence // (layout.context * layout.tensor)
+    dtype = PRECISIONS.get(layout.precision, torch.float32)
+    hidden = partial(
+        torch.empty, layout.micro_batch, length, shape.hidden, dtype=dtype, device=mesh.device
+    )
+    return Pipeline(
+        layout=layout,
+        rank=mesh.place["pipeline"],
+        chunks=chunks,
+        count=len(cuts),
+        positions=mesh.positions(shape, run.sequence),
+        hidden=hidden,
+        group=mesh.devices["pipeline"].get_group(),
+        phase=clock.phase,
+    )
+
+
+def _make_chunk(run: Run, decoder: MakeDecoder, mesh: Mesh, chunk: Chunk, count: int) -> nn.Module:
+    model = without_memory(decoder, run.model)
+    filled = hasattr(model, "initial_values")
+    if not filled:
+        torch.manual_seed(run.seed)
+        model = decoder(run.model).to(mesh.device)
+    if count > 1:
+        cut(model, chunk)
+    parallelize(model, run.model, mesh)
+    if filled:
+        try:
+            _to_empty(model, mesh.device)
+        except RuntimeError as fault:  # what PyTorch raises when memory ends, on every device
+            raise ModelError(
+                f"building {run.model.name} on {mesh.device}",
+                str(fault).splitlines()[0],
+                "a smaller model, or a layout that divides it further",
+            ) from None
+        with torch.no_grad():
+            for name, value in model.initial_values(run.seed):  # type: ignore[operator]
+                parameter = model.get_parameter(name)
+                here = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+                here.copy_(local_part(value, parameter))
+    return model
+
+
+def _to_empty(model: nn.Module, device: torch.device) -> None:
+    """Memory for a model without any; parameters that were one stay one."""
+    shared: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            shared.setdefault(parameter, []).append((module, name))
+    model.to_empty(device=device)
+    for (first, kept), *others in shared.values():
+        for module, name in others:
+            setattr(module, name, getattr(first, kept))

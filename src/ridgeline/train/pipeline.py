@@ -1,0 +1,184 @@
+"""The pipeline: this rank's chunks of the model, and the actions of its schedule run on them.
+
+A run without a pipeline is the same program: one chunk, forward and backward of each micro-batch.
+B sequences of a micro-batch, L tokens of a sequence on this rank, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from ridgeline.layout.layout import Layout
+from ridgeline.layout.schedules import pipeline_schedule
+from ridgeline.layout.transfers import Step, Transfer, with_transfers
+from ridgeline.torch_compat import (
+    reduce_now,
+    unshard,
+    stage_backward_input,
+    stage_backward_weight,
+)
+
+LossOf = Callable[[Tensor, int], Tensor]
+"""(output of the last chunk, micro-batch) -> what is differentiated and summed."""
+Key = tuple[str, int, int]
+"""What is handed over (F hidden states, B their gradient), to which chunk, for which micro-batch"""
+
+
+class Kept(NamedTuple):
+    """What a micro-batch leaves on a chunk until its backward pass."""
+
+    given: Tensor
+    made: Tensor
+    gradient: Tensor | None = None
+    """Gradient of `made`, for the weights' half of a split backward pass."""
+    groups: Any = None
+    """What the input's half leaves for the weights' half."""
+
+
+@lru_cache(maxsize=64)
+def steps_of(layout: Layout, rank: int, micro_batches: int, training: bool) -> tuple[Step, ...]:
+    """What pipeline rank `rank` does with its micro-batches, sends and receives included."""
+    schedule = pipeline_schedule(layout.schedule, layout.pipeline, micro_batches, layout.interleave)
+    return with_transfers(schedule, forward_only=not training)[rank]
+
+
+@dataclass
+class Pipeline:
+    """This rank's chunks, by their place along the model, and the way to their neighbours."""
+
+    layout: Layout
+    rank: int
+    """Place on the pipeline axis."""
+    chunks: dict[int, nn.Module]
+    count: int
+    """Chunks of the whole model."""
+    positions: Tensor
+    """Where in the sequence this rank's tokens stand, (L,)."""
+    hidden: Callable[[], Tensor]
+    """Makes an empty (B, L, D) for what arrives."""
+    group: dist.ProcessGroup
+    """The pipeline axis."""
+    phase: Callable[[str], AbstractContextManager[None]]
+    """Times what it encloses."""
+
+    def __post_init__(self) -> None:
+        self.kept: dict[tuple[int, int], Kept] = {}
+        self.here: dict[Key, Tensor] = {}
+        self.arriving: dict[Key, tuple[Tensor, dist.Work]] = {}
+
+    def run(self, tokens: Sequence[Tensor], loss_of: LossOf, training: bool = True) -> Tensor:
+        """One pass over the micro-batches `tokens`, (B, L) each; gradients add up in parameters.
+
+        Returns the sum of what `loss_of` gave, 0 on ranks without the last chunk.
+        """
+        total = torch.zeros((), device=self.positions.device)
+        left = dict.fromkeys(self.chunks, len(tokens))
+        leaving: list[dist.Work | None] = []
+        for step in steps_of(self.layout, self.rank, len(tokens), training):
+            if isinstance(step, Transfer):
+                leaving += self._transfer(step)
+            elif step.kind == "F":
+                given = tokens[step.micro_batch] if step.chunk == 0 else self._take("F", *step[1:])
+                with self.phase("forward"):
+                    total += self._forward(*step[1:], given, loss_of, training)
+            else:
+                left[step.chunk] -= step.kind != "I"
+                self._backward(*step, last=left[step.chunk] == 0)
+        for work in leaving:
+            if work is not None:
+                work.wait()
+        return total
+
+    def _forward(
+        self, chunk: int, micro_batch: int, given: Tensor, loss_of: LossOf, training: bool
+    ) -> Tensor | float:
+        if training and chunk > 0:
+            given.requires_grad_()
+        made = self.chunks[chunk](given, self.positions)
+        last = chunk == self.count - 1
+        if last:
+            made = loss_of(made, micro_batch)
+        else:
+            self.here["F", chunk + 1, micro_batch] = made.detach()
+        if training:
+            self.kept[chunk, micro_batch] = Kept(given, made)
+        return made.detach() if last else 0.0
+
+    def _backward(self, kind: str, chunk: int, micro_batch: int, last: bool) -> None:
+        """B whole, or its halves: I gives the gradient of the input, W those of the weights."""
+        module, kept = self.chunks[chunk], self.kept.pop((chunk, micro_batch))
+        split = kind in "IW" and chunk > 0  # tokens have no gradient: W of chunk 0 does it all
+        gradient = kept.gradient
+        if kind in "BI" and chunk < self.count - 1:
+            gradient = self._take("B", chunk, micro_batch)
+        with self.phase("backward"):
+            if kind == "I":
+                groups = None
+                if split:
+                    gradients, groups = self._input_half(module, kept, gradient)
+                    self.here["B", chunk - 1, micro_batch] = gradients
+                self.kept[chunk, micro_batch] = kept._replace(gradient=gradient, groups=groups)
+                return
+            self._prepare(module, sync=last or self.layout.zero >= 2, last=last)
+            if split:
+                unshard(module)
+                stage_backward_weight(module.parameters(), kept.groups)
+                reduce_now(module)
+                return
+            torch.autograd.backward(kept.made, gradient)
+            if chunk > 0:
+                assert kept.given.grad is not None
+                self.here["B", chunk - 1, micro_batch] = kept.given.grad
+
+    def _input_half(
+        self, module: nn.Module, kept: Kept, gradient: Tensor | None
+    ) -> tuple[Tensor, Any]:
+        unshard(module)
+        self._prepare(module, sync=False, last=False)
+        gradients = None if gradient is None else [gradient]
+        (given,), groups = stage_backward_input(
+            [kept.made], gradients, [kept.given], module.parameters()
+        )
+        assert given is not None
+        return given, groups
+
+    def _prepare(self, module: nn.Module, sync: bool, last: bool) -> None:
+        """What the data-parallel engine does after this backward pass: reduce, give back, finish.
+
+        ZeRO 0 and 1 keep whole gradients over the micro-batches and reduce them once; 2 and 3
+        reduce each; 3 gives parameters back each time, the others once.
+        """
+        if isinstance(module, FSDPModule):
+            module.set_requires_gradient_sync(sync)
+            module.set_reshard_after_backward(last or (sync and self.layout.zero == 3))
+            module.set_is_last_backward(last)
+
+    def _take(self, what: str, chunk: int, micro_batch: int) -> Tensor:
+        """What a neighbour made for `chunk`: on this rank, or waited for."""
+        if (key := (what, chunk, micro_batch)) in self.here:
+            return self.here.pop(key)
+        value, work = self.arriving.pop(key)
+        with self.phase("pipeline wait"):
+            work.wait()
+        return value
+
+    def _transfer(self, step: Transfer) -> list[dist.Work | None]:
+        key = (step.what, step.chunk, step.micro_batch)
+        tag = (step.chunk * 2 + (step.what == "B")) * 100_000 + step.micro_batch
+        if step.kind == "send":
+            value = self.here.pop(key).contiguous()
+            return [dist.isend(value, group=self.group, group_dst=step.peer, tag=tag)]
+        value = self.hidden()
+        work = dist.irecv(value, group=self.group, group_src=step.peer, tag=tag)
+        assert work is not None
+        self.arriving[key] = (value, work)
+        return []
