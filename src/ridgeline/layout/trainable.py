@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ridgeline.errors import LayoutError
-from ridgeline.layout.context import check_context
+from ridgeline.layout.context import positions_of
 from ridgeline.layout.layout import Layout
 from ridgeline.layout.stages import chunks_of
 from ridgeline.model.shape import ModelShape
@@ -50,7 +50,7 @@ def trainable(layout: Layout, shape: ModelShape, sequence: int) -> None:
             f"{sequence} is not a multiple of {parts}",
             f"a sequence of {longer}",
         )
-    check_context(layout, shape, sequence)
+    positions_of(layout, shape, sequence, 0)
     chunks_of(layout, shape, sequence)
 
 
