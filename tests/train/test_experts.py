@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from ridgeline.model.decoder import make_mlp
 from ridgeline.model.experts import MixtureOfExperts
 from ridgeline.model.shape import ExpertShape, ModelShape
+from ridgeline.train.checkpoint import model_tensors
 from ridgeline.train.experts import (
     divide_experts,
     mixtures,
@@ -199,6 +200,12 @@ def test_a_model_without_experts_has_no_bias_to_move() -> None:
     dense = torch.nn.Linear(2, 2)
     assert mixtures([dense]) == []
     update_router_bias([dense], None)
+
+
+def test_a_checkpoint_holds_the_bias_and_not_the_count_of_visits() -> None:
+    names = set(model_tensors(made()))
+    assert "model.selection_bias" in names and "model.experts.down.weight" in names
+    assert "model.visits" not in names
 
 
 if __name__ == "__main__":

@@ -69,6 +69,17 @@ class Progress:
     """Fingerprint of the mixture."""
 
 
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Name to tensor of a model's weights, shared ones once, and of the buffers it saves."""
+    buffers = {
+        name: value
+        for name, value in model.state_dict(keep_vars=True).items()
+        if not isinstance(value, nn.Parameter)
+    }
+    named = dict(model.named_parameters()) | buffers
+    return {f"model.{name}": value for name, value in named.items()}
+
+
 def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Name to tensor of all that a resumed run needs: weights, buffers, optimizer and random state.
 
@@ -76,12 +87,7 @@ def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
     """
     named = dict(model.named_parameters())
     owned = set(named.values())
-    buffers = {
-        name: value
-        for name, value in model.state_dict(keep_vars=True).items()
-        if not isinstance(value, nn.Parameter)
-    }
-    tensors = {f"model.{name}": value for name, value in (named | buffers).items()}
+    tensors = model_tensors(model)
     for name, parameter in named.items():
         if parameter in owned:
             for key, value in optimizer.state[parameter].items():
