@@ -25,7 +25,7 @@ class ParallelBlock(nn.Module):
         super().__init__()
         self.norm = make_norm(shape)
         self.attention = Attention(shape)
-        self.mlp = MLP(shape)
+        self.mlp = MLP(shape, shape.ffn_hidden)
 
     def forward(self, x_BLD: Tensor, rope: Rope | None) -> Tensor:
         normed_BLD = self.norm(x_BLD)

@@ -143,7 +143,7 @@ BAD_INPUT = {
     "train run.toml --data.sequence 100000": "more need",
     "train run.toml --data.sequence 2500 --schedule.global_batch 4": "are held out",
     "train run.toml --model.heads 5": "5",
-    "train run.toml --model.experts '{count = 4, top_k = 2, ffn_hidden = 32}'": "not yet trained",
+    "train run.toml --model.experts '{count = 4, top_k = 2, ffn_hidden = 30}'": "30 = 32 - 2",
     "train run.toml --name other": "seed: 5 there, 1 here",
     "data prepare empty.toml": "it names no file",
     "data prepare run.toml --data.corpora '[]'": "without corpora",

@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+import torch.distributed as dist
 from pydantic import BaseModel
 from rich.console import Console
 
@@ -22,10 +23,12 @@ from ridgeline.layout.arithmetic import check
 from ridgeline.layout.layout import Layout
 from ridgeline.layout.trainable import trainable
 from ridgeline.model.counts import flops_per_token, parameters
-from ridgeline.model.decoder import Decoder
+from ridgeline.model.decoder import Decoder, make_mlp
 from ridgeline.plan.constants import peak
 from ridgeline.plan.plan import question_of_run
 from ridgeline.run import Data, Run
+from ridgeline.torch_compat import HashStore
+from ridgeline.train.experts import update_router_bias
 from ridgeline.train.resolve import Host, resolve
 from ridgeline.train.schedule import (
     batch_at,
@@ -83,12 +86,30 @@ def fraction(run: Run) -> float:
 def computed(run: Run) -> object:
     """Logits of the model as it is initialised, or what it weighs and costs if only planned."""
     counts = parameters(run.model), flops_per_token(run.model, run.sequence, "full")
-    if run.model.experts or run.model.latent_attention:
+    if run.model.latent_attention:
         return counts
     model = Decoder(run.model)
     model.initialise(run.seed)
     tokens = torch.arange(24).reshape(2, 12) * 11 % 250
     return counts, model(tokens).tolist()
+
+
+def balanced(run: Run) -> object:
+    """What evens the load of the experts: the gradient of the router, and the moved bias."""
+    mixture = make_mlp(run.model, 0)
+    x_BLD = torch.ones(1, 8, run.model.hidden)
+    with torch.no_grad():
+        for parameter in mixture.parameters():
+            parameter.copy_(torch.linspace(-1, 1, parameter.numel()).view_as(parameter))
+    torch.autograd.backward(mixture(x_BLD).sum())
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        update_router_bias([mixture], None)
+    finally:
+        dist.destroy_process_group()
+    gradient = mixture.get_parameter("router.weight").grad
+    assert gradient is not None
+    return gradient.tolist(), mixture.get_buffer("selection_bias").tolist()
 
 
 def written(run: Run) -> str:
@@ -205,6 +226,11 @@ CASES = [
     Case("model.experts.ffn_hidden", 8, computed, EXPERTS),
     Case("model.experts.shared", 0, computed, EXPERTS),
     Case("model.experts.first_dense_layers", 1, computed, EXPERTS),
+    Case("model.experts.routing", "sigmoid", computed, EXPERTS),
+    Case("model.experts.normalise", False, computed, EXPERTS),
+    Case("model.experts.scale", 3.0, computed, EXPERTS),
+    Case("model.experts.balance_weight", 0.5, balanced, EXPERTS),
+    Case("model.experts.bias_rate", 0.5, balanced, EXPERTS),
     Case("model.latent_attention.query_rank", 4, computed, LATENT),
     Case("model.latent_attention.kv_rank", 4, computed, LATENT),
     Case("model.latent_attention.rope_head_dim", 6, computed, LATENT, {"model": {"head_dim": 14}}),

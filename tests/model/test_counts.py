@@ -22,11 +22,7 @@ from ridgeline.model.decoder import Decoder
 from ridgeline.model.shape import ExpertShape, LatentAttentionShape, ModelShape
 
 NAMES = catalogue.names()
-TRAINABLE = [
-    name
-    for name in NAMES
-    if not (s := catalogue.entry(name).shape).experts and not s.latent_attention
-]
+TRAINABLE = [name for name in NAMES if not catalogue.entry(name).shape.latent_attention]
 # Published under the name of the model whose depth and width it takes: 64.9e9 by its own config.
 MISNAMED = {"gigagpt-70b": 64_861_528_064}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -178,8 +177,7 @@ def test_bf16_logits_stay_near_those_of_float32() -> None:
     assert (rounded.float() - exact).norm() < 0.02 * exact.norm()
 
 
-@pytest.mark.parametrize("name", ["mixtral-8x7b", "deepseek-v3"])
-def test_what_can_only_be_planned_is_refused(name: str) -> None:
-    shape: Any = catalogue.entry(name).shape
+def test_what_can_only_be_planned_is_refused() -> None:
+    shape = catalogue.entry("deepseek-v3").shape
     with torch.device("meta"), pytest.raises(ModelError, match="planned but not yet trained"):
         Decoder(shape)

@@ -85,6 +85,16 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str, str]] = [
     ({"experts": {"count": 4, "top_k": 5, "ffn_hidden": 8}}, "5 > 4", "top_k = 4, or count = 5"),
     ({"experts": {"count": 0, "top_k": 1, "ffn_hidden": 8}}, "at least 1", "count = 1"),
     (
+        {"experts": {"count": 4, "top_k": 1, "ffn_hidden": 8, "normalise": True}},
+        "a lone score divided by itself is 1",
+        "normalise = false",
+    ),
+    (
+        {"experts": {"count": 4, "top_k": 2, "ffn_hidden": 8, "bias_rate": -0.1}},
+        "at least 0",
+        "bias_rate = 0",
+    ),
+    (
         {"experts": {"count": 4, "top_k": 2, "ffn_hidden": 8, "first_dense_layers": 2}},
         "2 >= 2",
         "first_dense_layers = 1",

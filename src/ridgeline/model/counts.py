@@ -116,8 +116,8 @@ class TokenFlops:
 def parameters(shape: ModelShape) -> ParameterCounts:
     """Exact parameters of the whole model.
 
-    DeepSeek-V3's selection bias (one number per routed expert, moved by a rule and not by a
-    gradient) and its extra prediction layer are not counted.
+    The router's selection bias (one number per routed expert, moved by a rule and not by a
+    gradient) and DeepSeek-V3's extra prediction layer are not counted.
     """
     counts = ParameterCounts(
         embedding=shape.vocab * shape.hidden,
@@ -142,8 +142,8 @@ def layer_parameters(shape: ModelShape, layer: int) -> ParameterCounts:
         attention += (shape.heads + 2 * shape.kv_heads) * shape.head_dim
     if shape.bias:
         attention += shape.hidden
-    experts = shape.experts
-    if experts is None or layer < experts.first_dense_layers:
+    experts = shape.experts_at(layer)
+    if experts is None:
         return ParameterCounts(attention=attention, norms=norms, mlp=_mlp(shape, shape.ffn_hidden))
     each = _mlp(shape, experts.ffn_hidden)
     return ParameterCounts(
@@ -170,8 +170,8 @@ def layer_flops(shape: ModelShape, layer: int, sequence: int, convention: Conven
     projections = 2 * _attention_matrices(shape)
     if convention == "causal":
         scores //= 2
-    experts = shape.experts
-    if experts is None or layer < experts.first_dense_layers:
+    experts = shape.experts_at(layer)
+    if experts is None:
         return FlopCounts(projections, scores, mlp=2 * _mlp_matrices(shape, shape.ffn_hidden))
     visited = experts.top_k + experts.shared
     return FlopCounts(

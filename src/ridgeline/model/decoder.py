@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ridgeline.errors import ModelError
+from ridgeline.model.experts import MixtureOfExperts
 from ridgeline.model.shape import ModelShape
 
 TensorRule = Literal[
@@ -126,13 +127,13 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """up, GELU, down; or SwiGLU (arXiv:2002.05202): SiLU(gate) * up, down."""
 
-    def __init__(self, shape: ModelShape) -> None:
+    def __init__(self, shape: ModelShape, ffn_hidden: int) -> None:
         super().__init__()
         gated = shape.activation == "swiglu"
         self.gelu = "tanh" if shape.activation == "gelu_tanh" else "none"
-        self.gate = nn.Linear(shape.hidden, shape.ffn_hidden, bias=shape.bias) if gated else None
-        self.up = nn.Linear(shape.hidden, shape.ffn_hidden, bias=shape.bias)
-        self.down = nn.Linear(shape.ffn_hidden, shape.hidden, bias=shape.bias)
+        self.gate = nn.Linear(shape.hidden, ffn_hidden, bias=shape.bias) if gated else None
+        self.up = nn.Linear(shape.hidden, ffn_hidden, bias=shape.bias)
+        self.down = nn.Linear(ffn_hidden, shape.hidden, bias=shape.bias)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         h_BLF = self.up(x_BLD)
@@ -144,15 +145,24 @@ class MLP(nn.Module):
         return out_BLD
 
 
+def make_mlp(shape: ModelShape, layer: int) -> nn.Module:
+    """The MLP of block `layer`, or the mixture of experts in its place."""
+    experts = shape.experts_at(layer)
+    if experts is None:
+        return MLP(shape, shape.ffn_hidden)
+    shared = MLP(shape, experts.shared * experts.ffn_hidden) if experts.shared else None
+    return MixtureOfExperts(shape, experts, shared)
+
+
 class Block(nn.Module):
     """Attention and MLP, each behind a norm and added to the residual stream."""
 
-    def __init__(self, shape: ModelShape) -> None:
+    def __init__(self, shape: ModelShape, layer: int) -> None:
         super().__init__()
         self.attention_norm = make_norm(shape)
         self.attention = Attention(shape)
         self.mlp_norm = make_norm(shape)
-        self.mlp = MLP(shape)
+        self.mlp = make_mlp(shape, layer)
 
     def forward(self, x_BLD: Tensor, rope: Rope | None) -> Tensor:
         x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), rope)
@@ -188,20 +198,19 @@ class Decoder(nn.Module):
     """What tensor parallelism does to each module; a block of one's own names its own."""
 
     def __init__(self, shape: ModelShape) -> None:
-        """Raises ModelError for experts and latent attention, which can only be planned."""
+        """Raises ModelError for latent attention, which can only be planned."""
         super().__init__()
-        for feature in ("experts", "latent_attention"):
-            if getattr(shape, feature) is not None:
-                raise ModelError(
-                    f"train {shape.name}, which has {feature}",
-                    f"a shape with {feature} can be planned but not yet trained",
-                    f"a dense model, or leave out [model.{feature}]",
-                )
+        if shape.latent_attention is not None:
+            raise ModelError(
+                f"train {shape.name}, which has latent_attention",
+                "a shape with latent_attention can be planned but not yet trained",
+                "ordinary heads: leave out [model.latent_attention]",
+            )
         self.shape = shape
         learned = shape.positions == "learned"
         self.embedding: nn.Embedding | None = nn.Embedding(shape.vocab, shape.hidden)
         self.positions = nn.Embedding(shape.max_sequence, shape.hidden) if learned else None
-        self.blocks = nn.ModuleDict({str(layer): Block(shape) for layer in range(shape.layers)})
+        self.blocks = nn.ModuleDict({str(n): Block(shape, n) for n in range(shape.layers)})
         self.norm: nn.Module | None = make_norm(shape)
         self.head: nn.Linear | None = nn.Linear(shape.hidden, shape.vocab, bias=False)
         self._tie()
@@ -226,12 +235,14 @@ class Decoder(nn.Module):
         return x_BLD if self.head is None else self.head(x_BLD)
 
     def initialise(self, seed: int) -> None:
-        """Fill every parameter with its initial value, and tie the head again (a move off the meta
-        device unties it)."""
+        """Fill every parameter with its initial value and every buffer with zeros, and tie the head
+        again (a move off the meta device unties it)."""
         self._tie()
         with torch.no_grad():
             for name, value in self.initial_values(seed):
                 self.get_parameter(name).copy_(value)
+            for buffer in self.buffers():
+                buffer.zero_()
 
     def initial_values(self, seed: int) -> Iterator[tuple[str, Tensor]]:
         """Each parameter's name and whole initial value, float32 on the CPU.
@@ -246,7 +257,7 @@ class Decoder(nn.Module):
             if parameter.dim() == 1:
                 yield name, value.fill_(0.0 if name.endswith("bias") else 1.0)
                 continue
-            residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
+            residual = name.endswith(("out.weight", "down.weight"))
             std = self.shape.init_std / (math.sqrt(2 * self.shape.layers) if residual else 1.0)
             key = "embedding.weight" if self.shape.tied and name == "head.weight" else name
             digest = hashlib.sha256(f"{seed} {key}".encode()).digest()

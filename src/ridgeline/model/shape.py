@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from ridgeline.errors import ModelError
 
 SWIGLU_MULTIPLE = 256
-MAY_BE_ZERO = ("shared", "first_dense_layers")
+MAY_BE_ZERO = ("shared", "first_dense_layers", "balance_weight", "bias_rate")
 
 
 class _Table(BaseModel):
@@ -36,12 +36,14 @@ class _Table(BaseModel):
     @classmethod
     def _large_enough(cls, value: object, info: ValidationInfo) -> object:
         name = str(info.field_name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return value
         least = 0 if name in MAY_BE_ZERO else 1
-        if type(value) is int and value < least:  # not isinstance: a bool is an int
+        if value < least and (isinstance(value, int) or least == 0):
             raise ModelError(
                 f"{name} = {value}", f"{name} must be at least {least}", f"{name} = {least}"
             )
-        if isinstance(value, float) and value <= 0:
+        if value <= 0 < least:
             raise ModelError(
                 f"{name} = {value}", f"{name} must be greater than 0", f"{name} = {abs(value) or 1}"
             )
@@ -90,6 +92,21 @@ class ExpertShape(_Table):
     first_dense_layers: int = 0
     """Leading layers that keep an MLP of the model's own ffn_hidden."""
 
+    routing: Literal["softmax", "sigmoid"] = "softmax"
+    """How the router's logits become scores: softmax over all experts, or each expert's own sigmoid
+    (DeepSeek-V3, arXiv:2412.19437, equation 15)."""
+    normalise: bool = Field(default_factory=lambda known: known["top_k"] > 1)
+    """Whether the scores of the chosen experts are divided by their sum before they weight;
+    default: where there are several."""
+    scale: float = 1.0
+    """What the weights of the chosen experts are multiplied by."""
+    balance_weight: float = 0.01
+    """Weight of the auxiliary loss that evens the load, per token and layer; 0: none. The default
+    is Switch Transformer's (arXiv:2101.03961, section 2.2)."""
+    bias_rate: float = 0.0
+    """How far the bias that the router adds to an expert's score, for choosing only, moves after
+    every step towards an even load (arXiv:2412.19437, equation 16); 0: it stays at 0."""
+
     @model_validator(mode="after")
     def _routable(self) -> Self:
         if self.top_k > self.count:
@@ -97,6 +114,12 @@ class ExpertShape(_Table):
                 f"experts: top_k {self.top_k} of count {self.count}",
                 f"a token visits distinct experts, so top_k <= count; {self.top_k} > {self.count}",
                 f"top_k = {self.count}, or count = {self.top_k}",
+            )
+        if self.top_k == 1 and self.normalise:
+            raise ModelError(
+                "experts: normalise with top_k 1",
+                "a lone score divided by itself is 1, so the loss would teach the router nothing",
+                "normalise = false, or top_k = 2",
             )
         return self
 
@@ -198,6 +221,12 @@ class ModelShape(_Table):
     """A mixture of experts; absent: dense."""
     latent_attention: LatentAttentionShape | None = None
     """Multi-head latent attention; absent: ordinary heads."""
+
+    def experts_at(self, layer: int) -> ExpertShape | None:
+        """The mixture of experts of block `layer`, counted from 0; None where its MLP is dense."""
+        if self.experts is None or layer < self.experts.first_dense_layers:
+            return None
+        return self.experts
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

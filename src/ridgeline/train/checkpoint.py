@@ -69,6 +69,17 @@ class Progress:
     """Fingerprint of the mixture."""
 
 
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Name to tensor of a model's weights, shared ones once, and of the buffers it saves."""
+    buffers = {
+        name: value
+        for name, value in model.state_dict(keep_vars=True).items()
+        if not isinstance(value, nn.Parameter)
+    }
+    named = dict(model.named_parameters()) | buffers
+    return {f"model.{name}": value for name, value in named.items()}
+
+
 def tensors_of(chunks: Sequence[nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Name to tensor of all that a resumed run needs: weights, buffers, optimizer and random state.
 
@@ -76,14 +87,8 @@ def tensors_of(chunks: Sequence[nn.Module], optimizer: torch.optim.Optimizer) ->
     """
     tensors: dict[str, Tensor] = {}
     for chunk in chunks:
-        named = dict(chunk.named_parameters())
-        buffers = {
-            name: value
-            for name, value in chunk.state_dict(keep_vars=True).items()
-            if not isinstance(value, nn.Parameter)
-        }
-        tensors |= {f"model.{name}": value for name, value in (named | buffers).items()}
-        for name, parameter in named.items():
+        tensors |= model_tensors(chunk)
+        for name, parameter in chunk.named_parameters():
             for key, value in optimizer.state[parameter].items():
                 tensors[f"optimizer.{name}.{key}"] = value
     rank = dist.get_rank() if dist.is_initialized() else 0

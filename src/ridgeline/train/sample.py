@@ -55,8 +55,7 @@ def sample(
         )
     tokenizer = load_tokenizer(run.data.folder / manifest.tokenizer.file)
     model = decoder(run.model).to(this_host().device).eval()
-    named = {f"model.{name}": value for name, value in model.named_parameters()}
-    checkpoint.load(path, named, None)
+    checkpoint.load(path, checkpoint.model_tensors(model), None)
     end = manifest.tokenizer.end_of_document
     ids = [end, *tokenizer.encode(prompt.encode(errors="replace").decode()).ids]
     generator = torch.Generator().manual_seed(seed % 2**63)
