@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -120,9 +121,11 @@ def local_part(value: Tensor, like: Tensor) -> Tensor:
     return value[tuple(slice(at, at + size) for at, size in zip(offsets, shape, strict=True))]
 
 
-def as_parameter_of(value: Tensor, mesh: DeviceMesh, placement: Placement) -> nn.Parameter:
+def as_parameter_of(
+    value: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]
+) -> nn.Parameter:
     """A parameter over `mesh` of which this rank keeps its part; without messages."""
-    return nn.Parameter(distribute_tensor(value, mesh, [placement], src_data_rank=None))
+    return nn.Parameter(distribute_tensor(value, mesh, placements, src_data_rank=None))
 
 
 def drop_gathered(module: nn.Module) -> None:

@@ -21,7 +21,7 @@ from ridgeline.model.experts import MixtureOfExperts
 from ridgeline.model.shape import ModelShape
 
 TensorRule = Literal[
-    "vocabulary", "positions", "sequence", "gather", "columns", "heads", "rows", "logits"
+    "vocabulary", "positions", "sequence", "gather", "columns", "heads", "rows", "logits", "parts"
 ]
 """How a module is divided over the tensor axis (arXiv:1909.08053, 2205.05198):
 
@@ -33,6 +33,7 @@ columns     a linear layer by its outputs: whole sequence in, this rank's featur
 heads       kept whole, and applied to this rank's heads (B, L, heads, H)
 rows        a linear layer by its inputs; its output is summed and divided along the sequence
 logits      as columns, from a part of the sequence; the logits stay divided by vocabulary
+parts       kept whole, and takes its own part of its weights' gradients (`experts.here`)
 """
 
 Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -188,10 +189,13 @@ class Decoder(nn.Module):
         "blocks.*.attention.[qk]_norm": "heads",
         "blocks.*.attention.out": "rows",
         "blocks.*.mlp_norm": "sequence",
+        "blocks.*.mlp.router": "parts",
+        "blocks.*.mlp.experts.*": "parts",
+        "blocks.*.mlp.shared": "gather",
         "blocks.*.mlp": "gather",
-        "blocks.*.mlp.gate": "columns",
-        "blocks.*.mlp.up": "columns",
-        "blocks.*.mlp.down": "rows",
+        "blocks.*.gate": "columns",
+        "blocks.*.up": "columns",
+        "blocks.*.down": "rows",
         "norm": "sequence",
         "head": "logits",
     }
@@ -235,21 +239,20 @@ class Decoder(nn.Module):
         return x_BLD if self.head is None else self.head(x_BLD)
 
     def initialise(self, seed: int) -> None:
-        """Fill every parameter with its initial value and every buffer with zeros, and tie the head
-        again (a move off the meta device unties it)."""
+        """Fill every parameter and buffer with its initial value, and tie the head again (a move
+        off the meta device unties it)."""
         self._tie()
+        tensors = dict(self.named_parameters()) | dict(self.named_buffers())
         with torch.no_grad():
             for name, value in self.initial_values(seed):
-                self.get_parameter(name).copy_(value)
-            for buffer in self.buffers():
-                buffer.zero_()
+                tensors[name].copy_(value)
 
     def initial_values(self, seed: int) -> Iterator[tuple[str, Tensor]]:
-        """Each parameter's name and whole initial value, float32 on the CPU.
+        """Each parameter's and buffer's name and whole initial value, on the CPU.
 
         Weights are normal(0, init_std), those that write to the residual stream scaled by
-        1 / sqrt(2 layers) (GPT-2's report, section 2.3); norms are 1 and biases 0. A value depends
-        on seed, name and shape alone, so every layout, device and order of building starts from the
+        1 / sqrt(2 layers) (GPT-2's report, section 2.3); norms are 1, biases and buffers 0. A value
+        depends on seed, name and shape alone, so every layout, device and order starts from the
         same model; a tied head is named as the embedding.
         """
         for name, parameter in self.named_parameters():
@@ -263,6 +266,8 @@ class Decoder(nn.Module):
             digest = hashlib.sha256(f"{seed} {key}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
             yield name, value.normal_(0.0, std, generator=generator)
+        for name, buffer in self.named_buffers():
+            yield name, torch.zeros(buffer.shape, dtype=buffer.dtype, device="cpu")
 
     def _tie(self) -> None:
         if self.shape.tied and self.embedding is not None and self.head is not None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 from torch.nn import functional
 
 from ridgeline.errors import ModelError
@@ -64,11 +64,22 @@ class _WithLoss(torch.autograd.Function):
         return gradient, gradient.new_ones(())
 
 
+def here(weight: Tensor) -> Tensor:
+    """This rank's part of a weight; over ranks that hold it whole, each has a term of its gradient.
+
+    What a rank computes with it are its own tokens' visits alone.
+    """
+    if not isinstance(weight, DTensor):
+        return weight
+    terms = [Partial() if p.is_replicate() else p for p in weight.placements]
+    return weight.to_local(grad_placements=terms)
+
+
 class Router(nn.Linear):
     """Logits (B, L, E) of every expert for every token, in float32 whatever the precision of x."""
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        return functional.linear(x_BLD.float(), self.weight.float())
+        return functional.linear(x_BLD.float(), here(self.weight).float())
 
 
 class StackedLinear(nn.Module):
@@ -80,12 +91,9 @@ class StackedLinear(nn.Module):
         nn.init.normal_(self.weight, std=inputs**-0.5)
 
     def forward(self, x_T: Tensor, ends_E: Tensor) -> Tensor:
-        """(T, inputs) to (T, outputs): expert e multiplies the rows from ends_E[e-1] to ends_E[e].
-
-        A weight that is spread over ranks counts with this rank's part: x holds its visits alone.
-        """
-        weight = self.weight.to_local() if isinstance(self.weight, DTensor) else self.weight
-        out_T: Tensor = functional.grouped_mm(x_T, weight.transpose(1, 2), offs=ends_E)
+        """(T, inputs) to (T, outputs): expert e multiplies rows ends_E[e-1] to ends_E[e]."""
+        weight = here(self.weight).transpose(1, 2)
+        out_T: Tensor = functional.grouped_mm(x_T, weight, offs=ends_E)
         return out_T
 
 

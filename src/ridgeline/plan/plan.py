@@ -358,7 +358,7 @@ def _priced(asked: Question, table: Layouts, steps: Step, memories: Memory) -> l
                 fits=bool(memories.total[row] <= usable(asked)),
                 bound_by=busiest,
                 extrapolated=bool(stretch[row] > 1),
-                trainable=is_trainable(layout),
+                trainable=is_trainable(layout, asked.shape, asked.sequence),
                 ledger=ledger,
                 **shared,
             )

@@ -101,11 +101,12 @@ def _make_chunk(run: Run, decoder: MakeDecoder, mesh: Mesh, chunk: Chunk, count:
                 str(fault).splitlines()[0],
                 "a smaller model, or a layout that divides it further",
             ) from None
+        tensors = dict(model.named_parameters()) | dict(model.named_buffers())
         with torch.no_grad():
             for name, value in model.initial_values(run.seed):  # type: ignore[operator]
-                parameter = model.get_parameter(name)
-                here = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-                here.copy_(local_part(value, parameter))
+                whole = tensors[name]
+                here = whole.to_local() if isinstance(whole, DTensor) else whole
+                here.copy_(local_part(value, whole))
     return model
 
 

@@ -6,7 +6,7 @@ Shapes: E routed experts, R ranks of the expert group, T visits in the order of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,9 +14,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard
 
 from ridgeline.model.experts import MixtureOfExperts, StackedLinear, permute
+from ridgeline.torch_compat import as_parameter_of
 
 
 class _AllToAll(torch.autograd.Function):
@@ -70,42 +71,37 @@ class ExpertExchange:
         return result_TD
 
 
-class SequenceSum:
-    """Sums the visits of ranks that hold parts of the same sequences (context, tensor)."""
-
-    def __init__(self, group: ProcessGroup) -> None:
-        self.group = group
-
-    def __call__(self, visits_BE: Tensor) -> Tensor:
-        """visits_BE of all ranks of the group together; counts have no gradient."""
-        total_BE = visits_BE.clone()
-        dist.all_reduce(total_BE, group=self.group)
-        return total_BE
-
-
 def mixtures(modules: Iterable[nn.Module]) -> list[MixtureOfExperts]:
     """Every mixture of experts within `modules` (a model, or a pipeline rank's chunks of one)."""
     return [m for part in modules for m in part.modules() if isinstance(m, MixtureOfExperts)]
 
 
-def divide_experts(
-    modules: Iterable[nn.Module], expert: DeviceMesh | None, sequence: ProcessGroup | None
-) -> None:
-    """Spread the routed experts over the one-dimensional mesh `expert`, in place.
+def divide_experts(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Spread the routed experts over the axis "expert" of `mesh`, in place; tensor ranks copy them.
 
-    `sequence`: the ranks that hold parts of the same sequences; None where they are whole.
-    `expert`: None where every rank holds all experts.
+    A mesh without a tensor axis of two or more leaves that axis out.
     """
-    for mixture in mixtures(modules):
-        if sequence is not None:
-            mixture.whole_sequences = SequenceSum(sequence)
-        if expert is None:
-            continue
-        mixture.exchange = ExpertExchange(expert.get_group())
+    for mixture in mixtures([model]):
+        mixture.exchange = ExpertExchange(mesh["expert"].get_group())
+        tensor = mesh["tensor"].size() > 1
+        axes = mesh["expert", "tensor"] if tensor else mesh["expert"]
+        placements = [Shard(0), Replicate()] if tensor else [Shard(0)]
         for stacked in mixture.experts.modules():
             if isinstance(stacked, StackedLinear):
-                part = distribute_tensor(stacked.weight, expert, [Shard(0)])
-                stacked.weight = nn.Parameter(part)
+                stacked.weight = as_parameter_of(stacked.weight, axes, placements)
+
+
+def count_whole_sequences(model: nn.Module, groups: Sequence[ProcessGroup]) -> None:
+    """Sum the visits of ranks that hold parts of the same sequences, one group after the other."""
+
+    def sum_over(visits_BE: Tensor) -> Tensor:
+        total_BE = visits_BE.clone()  # counts have no gradient
+        for group in groups:
+            dist.all_reduce(total_BE, group=group)
+        return total_BE
+
+    for mixture in mixtures([model]):
+        mixture.whole_sequences = sum_over
 
 
 def set_loss_scale(modules: Iterable[nn.Module], scale: Tensor | float) -> None:
@@ -116,17 +112,16 @@ def set_loss_scale(modules: Iterable[nn.Module], scale: Tensor | float) -> None:
 
 
 @torch.no_grad()
-def update_router_bias(modules: Iterable[nn.Module], group: ProcessGroup | None) -> None:
+def update_router_bias(modules: Iterable[nn.Module], total: Callable[[Tensor], Tensor]) -> None:
     """After a step: each expert's bias up where it had fewer visits than the mean, down where more.
 
-    By bias_rate (arXiv:2412.19437, section 2.1.2); then the counting starts anew. `group`: all
-    ranks that train the same layers (data, context and tensor); None: all ranks.
+    By bias_rate (arXiv:2412.19437, section 2.1.2); then the counting starts anew. `total` sums over
+    all ranks that train the same layers (data, context and tensor).
     """
     found = mixtures(modules)
     if not found:
         return
-    visits_ME = torch.stack([mixture.visits for mixture in found])
-    dist.all_reduce(visits_ME, group=group)
+    visits_ME = total(torch.stack([mixture.visits for mixture in found]))
     # sign(mean - visits), in whole numbers
     behind_ME = visits_ME.sum(1, keepdim=True) - visits_ME * visits_ME.shape[1]
     direction_ME = behind_ME.sign().float()

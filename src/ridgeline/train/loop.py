@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from ridgeline.run import Run
 from ridgeline.torch_compat import drop_gathered
 from ridgeline.train.agreement import Agreement
 from ridgeline.train.checkpoint import Progress
+from ridgeline.train.experts import set_loss_scale, update_router_bias
 from ridgeline.train.optimizer import clip, totals
 from ridgeline.train.parallelize import Mesh
 from ridgeline.train.pipeline import LossOf, Pipeline
@@ -83,6 +85,7 @@ def train_loop(
         with clock.phase("data"):
             inputs, targets = fetch(job, step)
             valid = job.mesh.sum_over_replicas(valid_tokens(targets))
+            set_loss_scale(job.chunks, 1 / valid)
 
         loss = job.pipeline.run(inputs, mean_loss(job.loss, targets, valid))
 
@@ -93,6 +96,7 @@ def train_loop(
             clip(parameters, norm, run.optimizer.clip_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            update_router_bias(job.chunks, partial(job.mesh.sum_over_replicas, tensor=True))
 
         batch = batch_at(run, step)
         progress = replace(

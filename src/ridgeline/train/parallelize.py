@@ -22,9 +22,10 @@ from ridgeline.layout.grid import RankGrid, expert_sizes, shard_sizes
 from ridgeline.layout.layout import Axis, Layout
 from ridgeline.layout.stages import Chunk
 from ridgeline.model.shape import ModelShape
-from ridgeline.train.context import ContextAttention
-from ridgeline.train.tensor import divide_tensors
 from ridgeline.torch_compat import keeps_in_selective, replicate, shard
+from ridgeline.train.context import ContextAttention
+from ridgeline.train.experts import count_whole_sequences, divide_experts, mixtures
+from ridgeline.train.tensor import divide_tensors
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """What weights are cast to for the matrix products; in every other precision they stay float32."""
@@ -49,12 +50,27 @@ class Mesh:
         """Where this rank sits on each axis."""
         return RankGrid(self.layout).place(self.rank)
 
-    def sum_over_replicas(self, value: Tensor) -> Tensor:
-        """`value` summed in place over data and context ranks."""
-        for axis in ("shard", "replicate"):
+    def sum_over_replicas(self, value: Tensor, *, tensor: bool = False) -> Tensor:
+        """`value` summed in place over data and context ranks, and over tensor ranks if asked."""
+        for axis in ("shard", "replicate", "tensor")[: 3 if tensor else 2]:
             if self.devices[axis].size() > 1:
                 dist.all_reduce(value, group=self.devices[axis].get_group())
         return value
+
+    @property
+    def shards(self) -> DeviceMesh:
+        """The axis over which ZeRO shards, behind that over which it copies where there are two."""
+        if self.devices["replicate"].size() == 1:
+            return self.devices["shard"]
+        return self.devices["replicate", "shard"]
+
+    @property
+    def sequence_groups(self) -> list[dist.ProcessGroup]:
+        """Groups that together hold whole sequences: context, then tensor, where they are two."""
+        axes = [self.devices["tensor"]]
+        if self.sequences is not None:
+            axes.append(self.sequences["context"])
+        return [axis.get_group() for axis in axes if axis.size() > 1]
 
     def positions(self, shape: ModelShape, sequence: int) -> Tensor:
         """Where in the sequence this rank's tokens stand, int64 (L,)."""
@@ -95,7 +111,7 @@ def cut(model: nn.Module, chunk: Chunk) -> None:
 def parallelize(model: nn.Module, shape: ModelShape, mesh: Mesh) -> None:
     """Apply the mesh's layout to `model`, a decoder or a chunk of one, in place.
 
-    In this order: the sequence over context ranks, weights over tensor ranks, experts over theirs,
+    In this order: the sequence over context ranks, experts over theirs, weights over tensor ranks,
     recomputation, compilation, and each block, then the rest, over data ranks. With 16 bits,
     parameters stay in float32 (the master weights), are cast for the matrix products, and gradients
     are reduced in float32.
@@ -108,7 +124,11 @@ def parallelize(model: nn.Module, shape: ModelShape, mesh: Mesh) -> None:
         attend = ContextAttention(group, kind_of(layout, shape))
         for module in model.modules():
             if hasattr(module, "mix"):
-                module.mix = attend
+                module.mix = attend  # type: ignore[assignment]
+    if shape.experts is not None:
+        count_whole_sequences(model, mesh.sequence_groups)
+        if mesh.experts is not None:
+            divide_experts(model, mesh.experts)
     if layout.tensor > 1:
         divide_tensors(model, mesh.devices["tensor"])
     for block in blocks:
@@ -119,20 +139,22 @@ def parallelize(model: nn.Module, shape: ModelShape, mesh: Mesh) -> None:
     precision = MixedPrecisionPolicy()
     if dtype := PRECISIONS.get(layout.precision):
         precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    if mesh.experts is not None:
+        for mixture in mixtures([model]):
+            axis = mesh.experts["expert_replicate"]
+            _over_data(mixture.experts, layout.zero, axis, axis, precision)
     for unit in (*blocks, model):
-        _over_data(unit, layout, mesh.devices, precision)
+        _over_data(unit, layout.zero, mesh.devices["replicate"], mesh.shards, precision)
 
 
 def _over_data(
-    unit: nn.Module, layout: Layout, devices: DeviceMesh, precision: MixedPrecisionPolicy
+    unit: nn.Module, zero: int, copies: DeviceMesh, shards: DeviceMesh, precision: Any
 ) -> None:
-    """Replicate or shard one unit's parameters over the data and context ranks."""
-    if layout.zero == 0:
-        replicate(unit, devices["replicate"], precision)
-    elif devices["replicate"].size() == 1:
-        shard(unit, devices["shard"], precision, layout.zero == 3)
+    """Replicate one unit's parameters over `copies`, or shard them over `shards`."""
+    if zero == 0:
+        replicate(unit, copies, precision)
     else:
-        shard(unit, devices["replicate", "shard"], precision, layout.zero == 3)
+        shard(unit, shards, precision, reshard=zero == 3)
 
 
 def _recomputing(kind: str, forward: Any, *arguments: Any) -> Any:

@@ -22,9 +22,9 @@ from ridgeline.layout.schedules import pipeline_schedule
 from ridgeline.layout.transfers import Step, Transfer, with_transfers
 from ridgeline.torch_compat import (
     reduce_now,
-    unshard,
     stage_backward_input,
     stage_backward_weight,
+    unshard,
 )
 
 LossOf = Callable[[Tensor, int], Tensor]

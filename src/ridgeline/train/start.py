@@ -107,7 +107,7 @@ def refuse_impossible(run: Run, host: Host, world: int | None) -> Mixture:
         device_named(run.cluster.device)
     devices = world or run.cluster.devices or None
     check(run.layout, run.model, run.sequence, batch_unit(run), devices)
-    trainable(run.layout)
+    trainable(run.layout, run.model, run.sequence)
     room = host.devices or LOCAL_RANKS_PER_CORE * host.cores
     if world is None and run.layout.world > room:
         what = f"{host.devices or host.cores} {host.device.type if host.devices else 'CPU'} "

@@ -24,6 +24,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from ridgeline.errors import LayoutError
+from ridgeline.model.experts import MixtureOfExperts
 from ridgeline.torch_compat import as_parameter_of
 from ridgeline.train.vocabulary import divided_embedding
 
@@ -40,12 +41,13 @@ def divide_tensors(model: nn.Module, mesh: DeviceMesh) -> None:
             "tensor parallelism needs a class attribute `tensor_parallel`: module names to rules",
             'tp1, or tensor_parallel = {"blocks.*.mlp.up": "columns", …}',
         )
-    embedding, head = getattr(model, "embedding", None), getattr(model, "head", None)
-    tied = embedding is not None and head is not None and embedding.weight is head.weight
+    embedding: Any = getattr(model, "embedding", None)
+    head: Any = getattr(model, "head", None)
+    tied = bool(embedding and head and embedding.weight is head.weight)
     named = {module: name for name, module in model.named_modules()}
     for module, name in named.items():
         matching = [rule for pattern, rule in rules.items() if fnmatchcase(name, pattern)]
-        if matching:
+        if matching and not isinstance(module, MixtureOfExperts):  # its parts have rules
             parallelize_module(module, mesh, _style(matching[0]))
     if tied:
         head.weight = embedding.weight  # both are divided by rows
@@ -67,6 +69,7 @@ def _style(rule: str) -> ParallelStyle:
         "columns": ColwiseParallel(),
         "heads": SequenceParallel(sequence_dim=2, use_local_output=True),
         "rows": RowwiseParallel(output_layouts=Shard(1)),
+        "parts": _Parts(),
         "logits": ColwiseParallel(
             input_layouts=Shard(1), output_layouts=Shard(-1), use_local_output=False
         ),
@@ -95,7 +98,7 @@ class _Vocabulary(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         assert isinstance(module, nn.Embedding)
-        module.weight = as_parameter_of(module.weight, device_mesh, Shard(0))
+        module.weight = as_parameter_of(module.weight, device_mesh, [Shard(0)])
 
         def forward(tokens_BL: Tensor) -> Tensor:
             assert isinstance(module.weight, DTensor)
@@ -107,12 +110,22 @@ class _Vocabulary(ParallelStyle):
         return module
 
 
+class _Parts(ParallelStyle):
+    """Weights kept whole on every rank, unless they are divided over experts already."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not isinstance(parameter, DTensor):
+                setattr(module, name, as_parameter_of(parameter, device_mesh, [Replicate()]))
+        return module
+
+
 class _Positions(ParallelStyle):
     """An embedding of positions, looked up for this rank's part of the sequence alone."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         assert isinstance(module, nn.Embedding)
-        module.weight = as_parameter_of(module.weight, device_mesh, Replicate())
+        module.weight = as_parameter_of(module.weight, device_mesh, [Replicate()])
         module.register_forward_pre_hook(partial(self._divide, device_mesh))
         module.register_forward_hook(lambda module, arguments, out: out.to_local())
         return module

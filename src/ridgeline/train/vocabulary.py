@@ -44,7 +44,8 @@ def token_loss(logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
         start, group = local_offset(logits_BLV), logits_BLV.device_mesh.get_group()
         logits_BLV = logits_BLV.to_local()
     loss: Tensor = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
-        logits_BLV.flatten(0, 1), targets_BL.flatten(), start, group)
+        logits_BLV.flatten(0, 1), targets_BL.flatten(), start, group
+    )
     return loss
 
 
