@@ -153,7 +153,7 @@ def _effective(times: Times, sizes: Sizes) -> tuple[dict[str, Any], float]:
         "attention_tflops": statistics.geometric_mean(attention) / 1e12,
         "layer_s": [max(each, 0.0) for each in layers],
         "ends_s": times[f"ends {sizes.rows[-1]}"],
-        "update_s": times["update"] / sizes.parameters,
+        "update_s": max(times["step"] - times["reducing"], 0.0) / sizes.parameters,
     }, fastest / 1e12
 
 

@@ -151,6 +151,7 @@ def _work(
                 rounds = (turn + place / len(actions)) / (sizes.rounds + 1)
                 share = max(rounds, min(1.0, (time.monotonic() - begun) / sizes.seconds))
                 tell.send((f"{processes} x {threads} threads: {name}", share))
+            action()  # a step finds the memory that the last one left; another action's is no such
             dist.barrier()
             start = time.perf_counter()
             action()
@@ -225,8 +226,7 @@ def _operations(sizes: Sizes, dtype: torch.dtype) -> dict[str, Action]:
 def _program(sizes: Sizes, precision: str, processes: int, rank: int) -> dict[str, Action]:
     """A small decoder, with and without its layers, in the parts of a step.
 
-    In the order of the actions: passes whose gradients stay on the rank, one that reduces them, and
-    the update.
+    Passes whose gradients stay on the rank, one that reduces them, and one that is a whole step.
     """
     layout = Layout.model_validate({"data": processes, "precision": precision})
     mesh = make_mesh(layout, torch.device("cpu"), rank)
@@ -255,7 +255,10 @@ def _program(sizes: Sizes, precision: str, processes: int, rank: int) -> dict[st
     whole, ends = built(blocks=True), built(blocks=False)
     optimizer = adamw(whole, Optimizer())
 
-    def update() -> None:
+    reducing = passing(whole, sizes.rows[0], reduces=True)
+
+    def step() -> None:
+        reducing()
         clip_gradients(whole.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -264,4 +267,4 @@ def _program(sizes: Sizes, precision: str, processes: int, rank: int) -> dict[st
     for rows in sizes.rows:
         actions[f"ends {rows}"] = passing(ends, rows)
         actions[f"whole {rows}"] = passing(whole, rows)
-    return actions | {"reducing": passing(whole, sizes.rows[0], reduces=True), "update": update}
+    return actions | {"reducing": reducing, "step": step}
