@@ -204,8 +204,9 @@ def validate(files: tuple[Path, ...], as_json: bool, rows: bool) -> None:
 def probe(processes: str | None, output: Path | None) -> None:
     """Measure this machine, within a minute, so that `local` can be planned on.
 
-    Matrix products by precision, memory, attention, dispatch, and gloo's collectives, with one
-    process and with as many as training starts. It should do nothing else meanwhile.
+    Matrix products and attention by precision, memory, gloo's collectives, and passes and updates
+    of a small model by the trainer's own program, with one process and with as many as training
+    starts. It should do nothing else meanwhile.
 
     \b
     Example:
@@ -215,22 +216,23 @@ def probe(processes: str | None, output: Path | None) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
-    from ridgeline.machine import probe as measure
     from ridgeline.machine.local import local_file
+    from ridgeline.machine.probe import Sizes, figures, write_machine
     from ridgeline.plan.amounts import count_of
+    from ridgeline.train.measure import measure, usual_processes
 
-    usual = measure.usual_processes()
+    usual = usual_processes()
     counts = [count_of(n, "processes") for n in processes.split(",")] if processes else usual
-    sizes = measure.Sizes()
+    sizes = Sizes()
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("probing", total=1.0)
-        found = measure.probe(
+        found = measure(
             counts, sizes, lambda what, share: bar.update(task, description=what, completed=share)
         )
     for each in found:
         click.echo(f"{each.processes} of these at a time, {each.threads} threads each")
-        for name, value in measure.figures(each, sizes):
+        for name, value in figures(each, sizes):
             click.echo(f"  {name:28} {value:>20}")
     file = output or local_file()
-    measure.write_machine(found, sizes, file)
+    write_machine(found, sizes, file)
     click.echo(f"wrote {file}")

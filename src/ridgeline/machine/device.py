@@ -20,6 +20,20 @@ PROBED_HEAD_DIM = 64
 
 
 @dataclass(frozen=True)
+class Decoder:
+    """The small Llama, of heads PROBED_HEAD_DIM wide, whose passes `ridgeline probe` timed."""
+
+    rows: tuple[int, int]
+    """Tokens of a small and a large micro-batch."""
+    hidden: int
+    heads: int
+    inner: int
+    """Width within the gated MLP."""
+    vocab: int
+    sequence: int
+
+
+@dataclass(frozen=True)
 class Effective:
     """What a device reaches in one precision, as `ridgeline probe` measures it."""
 
@@ -30,10 +44,14 @@ class Effective:
     attention_flops: float
     """FLOP/s of causal fused attention over long sequences at PROBED_HEAD_DIM, forward and
     backward, counted as three times the forward pass over half of the square."""
-    traffic: float
-    """Time of element-wise work over that of moving its fewest bytes through memory."""
-    host_s: float
-    """Seconds of dispatching the operations of one layer, forward and backward."""
+    decoder: Decoder
+    """What the times below are of."""
+    layer_s: tuple[float, float]
+    """Seconds of one of its layers, forward and backward, with few rows and many."""
+    ends_s: float
+    """Seconds of its embedding, head and loss, forward and backward, with many rows."""
+    update_s: float
+    """Seconds per parameter of clipping, updating and zeroing, once per step."""
 
 
 @dataclass(frozen=True)
@@ -135,9 +153,16 @@ def _device(name: str, row: dict[str, Any]) -> Device:
                 matrix_flops=told["matrix_tflops"] * 1e12,
                 edge=told["edge"],
                 attention_flops=told["attention_tflops"] * 1e12,
-                traffic=told["traffic"],
-                host_s=told["host_s"],
+                decoder=Decoder(**row["decoder"] | {"rows": _pair(row["decoder"]["rows"])}),
+                layer_s=_pair(told["layer_s"]),
+                ends_s=told["ends_s"],
+                update_s=told["update_s"],
             )
             for precision, told in row.get("effective", {}).items()
         },
     )
+
+
+def _pair(values: list[Any]) -> tuple[Any, Any]:
+    few, many = values
+    return few, many

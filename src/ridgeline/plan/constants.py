@@ -19,6 +19,12 @@ from ridgeline.machine.cluster import Cluster
 from ridgeline.plan.quantities import Array, Rates
 
 FILES = ("devices", "stacks", "shared")
+JOIN = 3.0
+"""Exponent of the power mean that joins a device's time and its host's (assumed)."""
+LOSS_BYTES = 12
+"""Bytes per logit of a fused loss: 16-bit logits and gradient, a float32 copy (assumed)."""
+OPTIMIZER_BYTES = 32
+"""Read and written per owned parameter: gradient, master, two moments, weight."""
 STACKS = ("megatron-deepspeed", "megatron-core", "fsdp1", "fsdp2", "ridgeline")
 
 
@@ -158,6 +164,8 @@ def rates_of(
     links = array([c.node.links[-1][1] for c in clusters]) * array([d.link for d in devices])
     near = array([c.node.links[0][1] for c in clusters]) * array([d.link for d in devices])
     ports = array([c.network.node_bandwidth / c.node.devices for c in clusters])
+    memory = array([(c.device.memory_bandwidth or np.nan) for c in clusters])
+    memory = memory * array([d.memory for d in devices])
     return Rates(
         peak=at,
         matrix=at * share,
@@ -166,8 +174,7 @@ def rates_of(
         edge=array([d.edge for d in devices]),
         attention=peak_16
         * array([d.attention * k.attention for d, k in zip(devices, kinds, strict=True)]),
-        memory=array([(c.device.memory_bandwidth or np.nan) for c in clusters])
-        * array([d.memory for d in devices]),
+        memory=memory,
         near_ranks=array([c.node.links[0][0] for c in clusters]),
         near=near,
         node_ranks=array([c.node.devices for c in clusters]),
@@ -182,6 +189,9 @@ def rates_of(
         exposed=array([k.exposed for k in kinds]),
         tensor_exposed=array([k.tensor_exposed for k in kinds]),
         gather=array([k.gather for k in kinds]),
+        join=np.full(len(clusters), JOIN),
+        loss_bytes=LOSS_BYTES * array(traffic),
+        update=OPTIMIZER_BYTES / memory,
         selective_matrix=array([k.selective_matrix for k in kinds]),
         selective_attention=array([k.selective_attention for k in kinds]),
     )

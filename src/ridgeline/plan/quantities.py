@@ -199,6 +199,12 @@ class Rates(Table):
     """Share of tensor-parallel communication that compute does not hide."""
     gather: Array
     """Share of the network's rate that ZeRO-3's gathers reach."""
+    join: Array
+    """Exponent of the power mean that joins device and host time; 1 where they are one."""
+    loss_bytes: Array
+    """Bytes through memory per logit: float32 loss, its gradient, and copies."""
+    update: Array
+    """Seconds of the optimizer per parameter that a rank updates."""
     selective_matrix: Array
     """Share of matrix work that `selective` recomputes."""
     selective_attention: Array
