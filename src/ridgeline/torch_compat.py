@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-# In-process store of a one-member group; re-exported by torch.distributed only conditionally.
-# Tested on 2.13.0.
-from torch._C._distributed_c10d import HashStore
+# In-process store of a one-member group, and the store behind env://; re-exported by
+# torch.distributed only conditionally. Tested on 2.13.0.
+from torch._C._distributed_c10d import HashStore, TCPStore
 
 # FSDP2's replicate: DDP semantics on FSDP2's engine, with its mixed precision. Private path.
 # Tested on 2.13.0.
@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 __all__ = [
     "HashStore",
+    "TCPStore",
     "Unfilled",
     "drop_gathered",
     "multiplies_bf16",
