@@ -67,18 +67,31 @@ def work(
     stop = stop or threading.Event()
     # The fork server loaded torch with threads for all cores; each worker takes its share.
     torch.set_num_threads(threads_per_process(local_processes()))
-    with _process_group() as (device, control), stop_on_signals(stop):
-        assert isinstance(run.layout, Layout)
-        mesh = make_mesh(run.layout, device, dist.get_rank())
-        mixture = mixture_of(run)
-        model = build(run, decoder, mesh)
-        torch.manual_seed(run.seed + mesh.rank)  # for what a user's own decoder draws, as dropout
-        optimizer = make_optimizer(model, run.optimizer)
-        agreement = Agreement(control)
-        job = Job(run, mesh, model, loss, optimizer, mixture, agreement, Clock(), stop.is_set)
+    with process_group() as (device, control), stop_on_signals(stop):
+        job = make_job(run, decoder, loss, make_optimizer, device, control, stop.is_set)
         progress = _resume(job, control)
-        keeper = Keeper(job, control, _recorder(job, progress) if mesh.rank == 0 else None)
+        keeper = Keeper(job, control, _recorder(job, progress) if job.mesh.rank == 0 else None)
         return keeper.run(progress)
+
+
+def make_job(
+    run: Run,
+    decoder: MakeDecoder,
+    loss: LossFunction,
+    make_optimizer: MakeOptimizer,
+    device: torch.device,
+    control: dist.ProcessGroup | None,
+    stop_asked: Callable[[], bool],
+) -> Job:
+    """Everything this rank trains `run`, resolved, with; needs an initialised process group."""
+    assert isinstance(run.layout, Layout)
+    mesh = make_mesh(run.layout, device, dist.get_rank())
+    mixture = mixture_of(run)
+    model = build(run, decoder, mesh)
+    torch.manual_seed(run.seed + mesh.rank)  # for what a user's own decoder draws, as dropout
+    optimizer = make_optimizer(model, run.optimizer)
+    agreement = Agreement(control)
+    return Job(run, mesh, model, loss, optimizer, mixture, agreement, Clock(), stop_asked)
 
 
 def mixture_of(run: Run) -> Mixture:
@@ -128,10 +141,12 @@ def build(run: Run, decoder: MakeDecoder, mesh: Mesh) -> nn.Module:
 
 
 @contextmanager
-def _process_group() -> Iterator[tuple[torch.device, dist.ProcessGroup | None]]:
+def process_group() -> Iterator[tuple[torch.device, dist.ProcessGroup | None]]:
     """Join the other ranks; yields this rank's device and a host-side group for small agreements.
 
-    One process needs no launcher: its group has one member and no socket.
+    One process needs no launcher: its group has one member and no socket. A rank that fails beside
+    others leaves the group to the end of its process: closed at once, it would make the others
+    fail, and tell of it, before this rank could tell its own error.
     """
     device = torch.device("cpu")
     if torch.accelerator.is_available() and (
@@ -145,10 +160,14 @@ def _process_group() -> Iterator[tuple[torch.device, dist.ProcessGroup | None]]:
         dist.init_process_group(backends)
     else:
         dist.init_process_group(backends, store=HashStore(), rank=0, world_size=1)
+    alone = dist.get_world_size() == 1
     try:
-        yield device, dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
-    finally:
-        dist.destroy_process_group()
+        yield device, None if alone else dist.new_group(backend="gloo")
+    except BaseException:
+        if alone:
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def _resume(job: Job, group: dist.ProcessGroup | None) -> Progress:
@@ -159,6 +178,12 @@ def _resume(job: Job, group: dist.ProcessGroup | None) -> Progress:
     checkpoint.make_state(job.model, job.optimizer)
     tensors = checkpoint.tensors_of(job.model, job.optimizer)
     return checkpoint.load(path, tensors, group)
+
+
+def mean_loss(job: Job, seen: Observation) -> float:
+    """A step's loss over the whole global batch, on every rank; a collective call."""
+    dist.all_reduce(seen.loss, group=job.mesh.data.get_group())
+    return float(seen.loss)
 
 
 def peak_flops(run: Run, device: torch.device) -> float | None:
@@ -243,8 +268,7 @@ class Keeper:
         last = step == total_steps(self.job.run)
         if step % self.job.run.logging.every_steps and step != 1 and not last:
             return
-        dist.all_reduce(seen.loss, group=self.job.mesh.data.get_group())
-        loss = float(seen.loss)
+        loss = mean_loss(self.job, seen)
         seconds = self.job.clock.take()
         if self.recorder:
             self.recorder.step(seen, loss, seconds)
