@@ -17,7 +17,7 @@ from ridgeline.train.worker import Outcome
 
 def test_the_public_names_are_these() -> None:
     assert ridgeline.__all__ == [
-        "plan", "prepare", "read_run", "report", "sample", "train", "validate",
+        "parity", "plan", "prepare", "read_run", "report", "sample", "train", "validate",
     ]  # fmt: skip
     for name in ridgeline.__all__:
         verb = getattr(ridgeline, name)
@@ -36,6 +36,13 @@ def test_the_public_names_are_these() -> None:
             "loss: 'LossFunction | None' = None, "
             "optimizer: 'MakeOptimizer | None' = None) -> 'Outcome'",
         ),
+        (
+            ridgeline.parity,
+            "(run: 'Run', layouts: 'Sequence[str]' = (), steps: 'int' = 10, *, "
+            "decoder: 'MakeDecoder | None' = None, loss: 'LossFunction | None' = None, "
+            "optimizer: 'MakeOptimizer | None' = None, "
+            "progress: 'Callable[[str, float], None] | None' = None) -> 'Parity'",
+        ),
         (ridgeline.sample, "(folder: 'Path', prompt: 'str', **options: 'Any') -> 'str'"),
         (ridgeline.report, "(folder: 'Path') -> 'Path'"),
     ],
@@ -48,6 +55,10 @@ def test_signatures_of_the_verbs(verb: FunctionType, signature: str) -> None:
     ("function", "parameters"),
     [
         (train, ["run", "decoder", "loss", "optimizer"]),
+        (
+            importlib.import_module("ridgeline.train.parity").parity,
+            ["run", "layouts", "steps", "decoder", "loss", "optimizer", "pool", "progress"],
+        ),
         (sample, ["folder", "prompt", "tokens", "temperature", "top_k", "seed", "decoder"]),
         (prepare, ["data", "vocab", "seed", "console"]),
     ],

@@ -14,7 +14,7 @@ from ridgeline import plan as _plan_package  # noqa: F401
 from ridgeline import train as _train_package  # noqa: F401
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from rich.console import Console
@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     from ridgeline.run import Run
     from ridgeline.train.build import MakeDecoder, MakeOptimizer
     from ridgeline.train.loop import LossFunction
+    from ridgeline.train.parity import Parity
     from ridgeline.train.worker import Outcome
 
-__all__ = ["plan", "prepare", "read_run", "report", "sample", "train", "validate"]
+__all__ = ["parity", "plan", "prepare", "read_run", "report", "sample", "train", "validate"]
 
 
 def read_run(path: Path | str, overrides: Sequence[str] = ()) -> Run:
@@ -65,6 +66,31 @@ def train(
     parts = {"decoder": decoder, "loss": loss, "optimizer": optimizer}
     own: Any = {name: part for name, part in parts.items() if part is not None}
     return start(run, **own)
+
+
+def parity(
+    run: Run,
+    layouts: Sequence[str] = (),
+    steps: int = 10,
+    *,
+    decoder: MakeDecoder | None = None,
+    loss: LossFunction | None = None,
+    optimizer: MakeOptimizer | None = None,
+    progress: Callable[[str, float], None] | None = None,
+) -> Parity:
+    """Train some steps in one process and in each layout, and compare; every part as in `train`.
+
+    `layouts` are sentences such as "dp2 mb2"; none: the usual ones that this run can have. See
+    `ridgeline.train.parity.parity`.
+    """
+    from ridgeline.launch.local import warm_up
+
+    warm_up()  # the fork server imports torch while this process does
+    from ridgeline.train.parity import parity as compare
+
+    parts = {"decoder": decoder, "loss": loss, "optimizer": optimizer, "progress": progress}
+    own: Any = {name: part for name, part in parts.items() if part is not None}
+    return compare(run, layouts, steps, **own)
 
 
 def sample(folder: Path, prompt: str, **options: Any) -> str:

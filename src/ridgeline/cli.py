@@ -10,12 +10,11 @@ import click
 
 import ridgeline
 from ridgeline.cli_plan import NewFile, plan, probe, validate
+from ridgeline.cli_train import OVERRIDES, parity
 from ridgeline.errors import NotLearnt, RidgelineError
 
 RESUME_ME = 75
 """Exit status of a run that was asked to stop: saved, not complete (sysexits' EX_TEMPFAIL)."""
-
-OVERRIDES = {"ignore_unknown_options": True, "allow_extra_args": True}
 
 
 def main() -> NoReturn:
@@ -192,6 +191,7 @@ def cost(as_json: bool, **asked: Any) -> None:
     click.echo(answer(as_json=as_json, **asked))
 
 
+verbs.add_command(parity)
 verbs.add_command(plan)
 verbs.add_command(validate)
 verbs.add_command(probe)

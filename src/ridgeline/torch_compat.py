@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# In-process store of a one-member group; re-exported by torch.distributed only conditionally.
-# Tested on 2.13.0.
-from torch._C._distributed_c10d import HashStore
+# In-process store of a one-member group, and the store behind env://; re-exported by
+# torch.distributed only conditionally. Tested on 2.13.0.
+from torch._C._distributed_c10d import HashStore, TCPStore
 from torch.distributed import ProcessGroup
 
 # FSDP2's replicate: DDP semantics on FSDP2's engine, with its mixed precision. Private path.
@@ -39,6 +39,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 __all__ = [
     "HashStore",
+    "TCPStore",
     "Unfilled",
     "all_to_all",
     "as_parameter_of",

@@ -31,9 +31,10 @@ from ridgeline.machine.probe import LAYERS, Measured, Sizes
 from ridgeline.model.decoder import Decoder
 from ridgeline.model.shape import ModelShape
 from ridgeline.run import Optimizer
-from ridgeline.torch_compat import set_gradient_sync
-from ridgeline.train.optimizer import adamw, clip_gradients, token_loss
+from ridgeline.train.optimizer import adamw, clip, totals
 from ridgeline.train.parallelize import make_mesh, parallelize
+from ridgeline.train.pipeline import prepare
+from ridgeline.train.vocabulary import token_loss
 
 Action = Callable[[], object]
 PATIENCE_S = 120.0
@@ -239,7 +240,7 @@ def _program(sizes: Sizes, precision: str, processes: int, rank: int) -> dict[st
         model = Decoder(shape)
         if not blocks:
             model.blocks.clear()
-        parallelize(model, layout, mesh)
+        parallelize(model, shape, mesh)
         return model
 
     def passing(model: nn.Module, rows: int, reduces: bool = False) -> Action:
@@ -247,7 +248,7 @@ def _program(sizes: Sizes, precision: str, processes: int, rank: int) -> dict[st
         inputs_BL, targets_BL = (torch.randint(shape.vocab, size) for _ in range(2))
 
         def run() -> None:
-            set_gradient_sync(model, reduces)
+            prepare(model, layout.zero, reduce=reduces, last=reduces)
             torch.autograd.backward(token_loss(model(inputs_BL), targets_BL) / rows)
 
         return run
@@ -259,7 +260,9 @@ def _program(sizes: Sizes, precision: str, processes: int, rank: int) -> dict[st
 
     def step() -> None:
         reducing()
-        clip_gradients(whole.parameters(), 1.0)
+        parameters = list(whole.parameters())
+        norm, _ = totals(parameters, torch.zeros(()), layout)
+        clip(parameters, norm, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
