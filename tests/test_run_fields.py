@@ -24,7 +24,7 @@ from ridgeline.layout.trainable import trainable
 from ridgeline.model.counts import flops_per_token, parameters
 from ridgeline.model.decoder import Decoder
 from ridgeline.plan.constants import peak
-from ridgeline.plan.plan import question_of_run
+from ridgeline.plan.question import question_of_run
 from ridgeline.run import Data, Run
 from ridgeline.train.resolve import Host, resolve
 from ridgeline.train.schedule import (

@@ -20,13 +20,15 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ridgeline.data.manifest import Manifest
+    from ridgeline.model.shape import ModelShape
+    from ridgeline.plan.cost import Cost
     from ridgeline.plan.plan import Plan
     from ridgeline.plan.validate import Validation
     from ridgeline.run import Run
     from ridgeline.train.loop import LossFunction
     from ridgeline.train.worker import MakeDecoder, MakeOptimizer, Outcome
 
-__all__ = ["plan", "prepare", "read_run", "report", "sample", "train", "validate"]
+__all__ = ["cost", "plan", "prepare", "read_run", "report", "sample", "train", "validate"]
 
 
 def read_run(path: Path | str, overrides: Sequence[str] = ()) -> Run:
@@ -85,6 +87,17 @@ def plan(run: Run, on: str | None = None, **options: Any) -> Plan:
     from ridgeline.plan.plan import plan_run
 
     return plan_run(run, on, **options)
+
+
+def cost(model: ModelShape | str, tokens: int, on: str, **options: Any) -> Cost:
+    """Days, money and energy of training `model` (or the catalogue's of that name) on machine `on`.
+
+    See `ridgeline.plan.cost_text.cost_of`.
+    """
+    from ridgeline.model.catalogue import entry
+    from ridgeline.plan.cost_text import cost_of
+
+    return cost_of(entry(model).shape if isinstance(model, str) else model, tokens, on, **options)
 
 
 def validate(*files: Path) -> Validation:

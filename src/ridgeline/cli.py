@@ -164,7 +164,7 @@ def models(name: str | None) -> None:
 @click.argument("model")
 @click.option("--tokens", required=True, help="Training tokens: 15T, 300B, 2e12.")
 @click.option("--on", "machine", required=True, help="Devices: 16000xH100-SXM-80GB.")
-@click.option("--mfu", type=float, help="Share of the dense peak, such as 0.4.")
+@click.option("--mfu", type=float, help="Share of the dense peak; default: as planned.")
 @click.option("--days", type=float, help="Days without failures, instead of --mfu.")
 @click.option("--seq", "sequence", type=int, help="Tokens per sequence.")
 @click.option("--precision", help="Of the matrix products: bf16, fp16, fp8, fp32.")

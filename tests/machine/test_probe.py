@@ -23,8 +23,9 @@ from ridgeline.machine.probe import (
     probe,
     write_machine,
 )
-from ridgeline.plan.plan import physics, plan_run, price, question_of_run
+from ridgeline.plan.plan import plan_run, price
 from ridgeline.plan.plan_text import run_of
+from ridgeline.plan.question import physics, question_of_run
 from ridgeline.run import Run
 
 SMALL = Sizes(

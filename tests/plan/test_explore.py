@@ -16,7 +16,8 @@ from ridgeline.cli import verbs
 from ridgeline.layout.layout import Layout
 from ridgeline.model.catalogue import entry
 from ridgeline.plan.explore import KNOBS, draw_step, pareto, scaling, sensitivity, shapley
-from ridgeline.plan.plan import Question, price, question
+from ridgeline.plan.plan import price
+from ridgeline.plan.question import Question, question
 
 
 def small() -> Question:

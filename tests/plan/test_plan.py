@@ -16,7 +16,8 @@ from ridgeline.errors import LayoutError, MachineError, ModelError, PlanError
 from ridgeline.layout.arithmetic import check
 from ridgeline.layout.layout import Layout
 from ridgeline.model.catalogue import entry
-from ridgeline.plan.plan import Plan, plan, price, question
+from ridgeline.plan.plan import Plan, plan, price
+from ridgeline.plan.question import question
 from ridgeline.run import read_run
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.toml"))
@@ -138,7 +139,8 @@ def test_a_run_that_nothing_divides_is_refused() -> None:
         (["llama2-7b", "--on", "0xA100"], MachineError),
         (["llama2-7b", "--on", "nanxA100"], MachineError),
         (["llama2-7b", "--on", "1000000xFrontier"], MachineError),
-        (["llama2-7b", "--on", "99999999999xA100"], LayoutError),
+        (["llama2-7b", "--on", "99999999999xA100"], MachineError),
+        (["llama2-7b", "--on", "9999991xA100"], LayoutError),
         (["llama2-7b", "--on", "8xA100", "--scale", "0"], PlanError),
         (["llama2-7b", "--on", "8xA100", "--rank", "money"], PlanError),
         (["llama2-7b", "--on", "8xA100", "--price-per-hour", "-2"], PlanError),

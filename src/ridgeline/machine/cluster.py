@@ -20,6 +20,9 @@ from ridgeline.machine.local import (
     unreadable,
 )
 
+MOST_DEVICES = 10_000_000
+"""More than any machine has by far: a count above it is a slip, not a question."""
+
 
 @dataclass(frozen=True)
 class Node:
@@ -109,7 +112,11 @@ def full_device_name(name: str) -> str:
         raise MachineError(
             f"device {name!r}", f"it could be {' or '.join(begins)}", f"{begins[0]} in full"
         )
-    return device(name).name
+    raise MachineError(
+        f"device or machine {name!r}",
+        "it is not in the catalogue",
+        nearest(name, [*known, *_clusters()[0]]),
+    )
 
 
 def parse_devices(text: str) -> tuple[int, Cluster]:
@@ -122,13 +129,19 @@ def parse_devices(text: str) -> tuple[int, Cluster]:
     """
     if text.strip() == LOCAL:
         text = f"{local_processes()}x{LOCAL}"
-    match = re.fullmatch(r"([\d_,]{1,15})\s*[x×*]\s*(.+)", text.strip())
-    count = int(re.sub(r"[_,]", "", match[1]) or 0) if match else 0
-    if match is None or count < 1:
+    match = re.fullmatch(r"(-?[\d_,]{1,30})\s*[x×*]\s*(.+)", text.strip())
+    if match is None or not re.search(r"\d", match[1]):
         raise MachineError(
             f"machine {text!r}", "a machine is a number of devices and their name",
             "8xH100-SXM-80GB, 3072xFrontier",
         )  # fmt: skip
+    count = int(re.sub(r"[_,]", "", match[1]))
+    if not 1 <= count <= MOST_DEVICES:
+        raise MachineError(
+            f"{count:,} devices",
+            f"a machine has from 1 to {MOST_DEVICES:,} devices",
+            f"{min(max(count, 1), MOST_DEVICES)}x{match[2].strip()}",
+        )
     if is_local(match[2].strip()):
         if match[2].strip() not in (LOCAL, local_name(count)):
             raise MachineError(

@@ -19,6 +19,8 @@ from ridgeline.plan.amounts import not_negative, positive, share
 from ridgeline.plan.goodput import HOUR, Goodput, goodput, job_mtbf_s
 
 DAY = 86400.0
+LEAST_GOODPUT = 0.01
+"""Share of the time that must be kept work; below it a run that fails has no end worth a number."""
 KWH = 3.6e6
 """Joules in a kilowatt-hour."""
 
@@ -66,7 +68,7 @@ class Rates:
             raise PlanError(
                 f"pue {self.pue:g}",
                 "PUE is at least 1: a centre draws what its nodes draw, or more",
-                "1.1",
+                "1",
             )
         if self.other_capital is not None and self.other_capital >= 1:
             raise PlanError(
@@ -241,7 +243,9 @@ def _check_finite(result: Cost) -> None:
         value = getattr(result, field.name)
         if isinstance(value, float) and not math.isfinite(value):
             raise PlanError(
-                f"{field.name} = {value}", "the numbers asked with are too large or too small", ""
+                f"{field.name} = {value}",
+                "the numbers asked with are too large or too small to multiply",
+                "prices below 1e15, and an MFU above 1e-6",
             )
 
 
@@ -283,12 +287,16 @@ def _losses(devices: int, cluster: Cluster, rates: Rates) -> Goodput | None:
     if rate is None or rates.checkpoint_s is None or rates.restart_s is None:
         return None
     losses = goodput(job_mtbf_s(rate, devices), rates.checkpoint_s, rates.restart_s)
-    if losses.fraction == 0:
+    if losses.fraction < LEAST_GOODPUT:
+        enough = losses.mtbf_s * devices / (10 * (rates.checkpoint_s + rates.restart_s))
         raise PlanError(
             f"{devices:,} devices that fail {rate:g} times an hour each",
             f"the job fails every {losses.mtbf_s:g} s, saving takes {rates.checkpoint_s:g} s and "
-            f"restarting {rates.restart_s:g} s: it never ends",
-            "fewer devices, or a shorter restart",
+            f"restarting {rates.restart_s:g} s: less than {LEAST_GOODPUT:.0%} of the time is kept "
+            "work, so it never ends",
+            f"{min(enough, devices - 1):,.0f} devices"
+            if enough >= 1
+            else f"checkpoint and restart within {losses.mtbf_s / 10:.3g} s together",
         )
     return losses
 

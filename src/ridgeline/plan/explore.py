@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +23,9 @@ from ridgeline.layout.layout import Layout
 from ridgeline.plan.block import block, group_rate
 from ridgeline.plan.constants import calibration
 from ridgeline.plan.memory import memory
-from ridgeline.plan.plan import Planned, Question, physics, plan, usable
+from ridgeline.plan.plan import Planned, plan
 from ridgeline.plan.quantities import Array, Layouts
+from ridgeline.plan.question import Question, physics, usable
 from ridgeline.plan.search import Pricer
 from ridgeline.plan.space import space
 from ridgeline.plan.timeline_picture import draw
@@ -179,12 +181,36 @@ def scaling(asked: Question, sizes: Iterable[int], weak: bool = False) -> list[P
 
 
 def pareto(points: list[Point]) -> list[Point]:
-    """Those that no smaller machine is faster than: more devices must buy fewer days."""
+    """Those that no smaller machine is as soon done as: more devices must buy fewer days.
+
+    Failures count where they are known: each device more is one more that fails. Without a token
+    budget there are no days, and tokens per second decide.
+    """
+
+    def pace(point: Point) -> float:
+        days = point.best.train_s
+        return 1 / point.best.tokens_per_s if days is None else days
+
     front: list[Point] = []
     for point in sorted(points, key=lambda each: each.devices):
-        if not front or point.best.tokens_per_s > front[-1].best.tokens_per_s:
+        if not front or pace(point) < pace(front[-1]):
             front.append(point)
     return front
+
+
+def json_of(points: list[Point]) -> list[dict[str, Any]]:
+    """The curve for programs: every size with its best layout, and whether it is on the front."""
+    front = {id(point) for point in pareto(points)}
+    return [
+        {
+            "devices": point.devices,
+            "global_batch": point.global_batch,
+            "efficiency": point.efficiency,
+            "pareto": id(point) in front,
+            **point.best.json(),
+        }
+        for point in points
+    ]
 
 
 def table(points: list[Point], sizes: Iterable[int] = ()) -> str:
@@ -196,7 +222,7 @@ def table(points: list[Point], sizes: Iterable[int] = ()) -> str:
         lines.append(
             f"{point.devices:9,} {point.global_batch:7,} {point.best.step_s:8.2f}s "
             f"{'—' if days is None else f'{days:.1f}':>9} {point.efficiency:10.1%}  "
-            f"{point.best.layout}{'' if id(point) in front else '  (a smaller machine is faster)'}"
+            f"{point.best.layout}{'' if id(point) in front else '  (fewer do as well)'}"
         )
     if missing := sorted({*sizes} - {point.devices for point in points}):
         names = ", ".join(f"{devices:,}" for devices in missing)

@@ -9,7 +9,7 @@ from pathlib import Path
 from ridgeline import human
 from ridgeline.errors import LayoutError
 from ridgeline.layout.layout import Layout
-from ridgeline.layout.schedules import pipeline_schedule
+from ridgeline.layout.schedules import chunks_per_rank, pipeline_schedule
 from ridgeline.plan.timeline import Timeline, even_durations, replay
 
 WIDTH = 960
@@ -17,6 +17,7 @@ ROW = 26
 BAR = 20
 LEFT = 64
 MOST_BARS = 10_000
+MOST_ACTIONS = 1_000_000
 TOP = 40
 NAMES = {"F": "forward", "B": "backward", "I": "backward, inputs", "W": "backward, weights"}
 # Okabe and Ito's colours, told apart with any colour vision; the letter says the kind as well.
@@ -48,6 +49,14 @@ def draw(
     LayoutError.
     """
     layout = Layout.model_validate(sentence)
+    chunks = layout.pipeline * chunks_per_rank(layout.schedule, layout.interleave)
+    if micro_batches * chunks > MOST_ACTIONS:
+        raise LayoutError(
+            f"{micro_batches:,} micro-batches through {chunks:,} chunks",
+            f"that is {micro_batches * chunks:,} forward passes; at most {MOST_ACTIONS:,} are "
+            "replayed",
+            f"{max(1, MOST_ACTIONS // chunks):,} micro-batches: the idle time is that of the ends",
+        )
     schedule = pipeline_schedule(layout.schedule, layout.pipeline, micro_batches, layout.interleave)
     per_rank = schedule.chunks // schedule.ranks
     durations = even_durations(
