@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import click
 
 import ridgeline
-from ridgeline.cli_plan import NewFile, plan, probe, validate
+from ridgeline.cli_plan import NewFile, machines, plan, probe, validate
 from ridgeline.errors import NotLearnt, RidgelineError
 
 RESUME_ME = 75
@@ -194,6 +194,7 @@ def cost(as_json: bool, **asked: Any) -> None:
 
 verbs.add_command(plan)
 verbs.add_command(validate)
+verbs.add_command(machines)
 verbs.add_command(probe)
 
 

@@ -1,4 +1,4 @@
-"""The verbs `plan`, `validate` and `probe`."""
+"""The verbs `plan`, `validate`, `machines` and `probe`."""
 
 from __future__ import annotations
 
@@ -211,6 +211,20 @@ def validate(files: tuple[Path, ...], as_json: bool, rows: bool) -> None:
         click.echo(json.dumps(summary(found), indent=2, allow_nan=False))
         return
     click.echo(table(found, rows))
+
+
+@click.command()
+@click.argument("name", required=False)
+def machines(name: str | None) -> None:
+    """List the catalogue of machines, or every number of one and how it is known.
+
+    \b
+    Example:
+      ridgeline machines Frontier
+    """
+    from ridgeline.plan.machine_text import describe, table
+
+    click.echo(describe(name) if name else table())
 
 
 @click.command()

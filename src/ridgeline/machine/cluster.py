@@ -47,6 +47,9 @@ class Network:
     """Devices within which the network has full bisection; None: all."""
     oversubscription: float = 1.0
     """Beyond a pod each port has its rate divided by this."""
+    topology: str | None = None
+    """How nodes are joined: dragonfly, fat tree, rail, torus. What that costs is in the other
+    fields: a ring's neighbours share a port alike in all of them, until a pod is oversubscribed."""
 
 
 @dataclass(frozen=True)
@@ -181,6 +184,7 @@ def _cluster(name: str, row: dict[str, Any]) -> Cluster:
             numbers["nic_gb_s"] * 1e9,
             numbers.get("pod_devices"),
             numbers.get("oversubscription", 1.0),
+            numbers.get("topology"),
         ),
         nodes=numbers.get("nodes"),
         source=row["source"],

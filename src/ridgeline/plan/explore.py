@@ -28,7 +28,8 @@ from ridgeline.plan.quantities import Array, Layouts
 from ridgeline.plan.question import Question, physics, usable
 from ridgeline.plan.search import Pricer
 from ridgeline.plan.space import space
-from ridgeline.plan.timeline_picture import draw
+from ridgeline.plan.timeline import Durations, replay
+from ridgeline.plan.timeline_picture import MOST_BARS, drawn, schedule_of
 
 KNOBS = (
     "micro_batch", "tensor", "pipeline", "context", "interleave", "schedule", "zero", "recompute",
@@ -121,34 +122,43 @@ def draw_step(
 ) -> str:
     """Replay the pipeline of a layout with its own seconds; write a picture and a Perfetto trace.
 
-    The picture shows at most three micro-batches per rank, the trace and the words the whole step.
+    Layers that do not divide make the first chunks longer, and the head the last one. The picture
+    shows at most three micro-batches per rank, and no more bars than a picture can; the trace and
+    the words tell of the whole step. ZeRO's gathers, reductions and the optimizer are not in it.
     """
+    micro_batches = asked.global_batch // (layout.data * layout.micro_batch)
+    whole = schedule_of(layout, micro_batches)
+    durations = chunk_durations(asked, layout, whole.chunks)
+    if svg is not None:
+        most = max(1, MOST_BARS // (3 * whole.chunks))  # forward, and backward in two parts
+        part = schedule_of(layout, min(micro_batches, 3 * layout.pipeline, most))
+        drawn(replay(part, durations), svg)
+    return drawn(replay(whole, durations), trace=trace)
+
+
+def chunk_durations(asked: Question, layout: Layout, chunks: int) -> Durations:
+    """Seconds of each chunk's work on a micro-batch: its layers', and the head's on the last."""
     task, rates = physics(asked)
     table = Layouts.of([layout])
     each = block(task, rates, calibration().shared, table)
-    layers = asked.shape.layers / layout.pipeline
     weights = float(np.minimum(each.weight_gradient, each.backward)[0])
-    micro_batches = asked.global_batch // (layout.data * layout.micro_batch)
+    inputs = float(each.backward[0]) - weights
+    least, longer = divmod(asked.shape.layers, chunks)
+    layers = [least + (chunk < longer) for chunk in range(chunks)]
+    head = [0.0] * (chunks - 1) + [float(each.head[0]) / 3]  # forward, and both parts of backward
     rate, latency = group_rate(rates, np.array([2.0]), table.tensor * table.data * table.context)
     rows = layout.micro_batch * asked.sequence / layout.context
     message = 2 * rows * asked.shape.hidden / layout.tensor
-    sent_s = float(latency[0]) + message / float(rate[0])
 
-    def drawn(count: int, picture: Path | None, events: Path | None) -> str:
-        return draw(
-            str(layout),
-            count,
-            forward_s=layers * float(each.forward[0]),
-            backward_input_s=layers * (float(each.backward[0]) - weights),
-            backward_weight_s=layers * weights,
-            send_s=sent_s,
-            svg=picture,
-            trace=events,
-        )
+    def seconds(layer_s: float) -> tuple[float, ...]:
+        return tuple(n * layer_s + h for n, h in zip(layers, head, strict=True))
 
-    if svg is not None:
-        drawn(min(micro_batches, 3 * layout.pipeline), svg, None)
-    return drawn(micro_batches, None, trace)
+    return Durations(
+        seconds(float(each.forward[0])),
+        seconds(inputs),
+        seconds(weights),
+        float(latency[0]) + message / float(rate[0]),
+    )
 
 
 @dataclass(frozen=True)
