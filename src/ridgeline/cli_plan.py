@@ -88,19 +88,14 @@ def plan(
     Example:
       ridgeline plan llama3-405b --on 16384xH100 --tokens 15T --batch 16M --seq 8192
     """
-    from ridgeline.machine.cluster import MOST_DEVICES
     from ridgeline.plan import explore, plan_text
-    from ridgeline.plan.amounts import count_of
     from ridgeline.plan.cost import Rates
     from ridgeline.plan.plan import plan as search
     from ridgeline.plan.question import with_own_layout
 
     if failures is not None and (checkpoint is None or restart is None):
         raise click.UsageError("what --failures cost needs --checkpoint and --restart, in seconds")
-    if weak and not scale:
-        raise click.UsageError("--weak says how to scale; --scale 1024,2048 says to what")
-    listed = scale.split(",") if scale else []
-    sizes = [count_of(size, "devices", "1024", MOST_DEVICES) for size in listed]
+    sizes = _sizes(scale, weak)
     prices = Rates(
         price_per_hour=price_per_hour,
         currency=currency,
@@ -142,6 +137,17 @@ def plan(
     for path in (write, picture, trace):
         if path is not None:
             click.echo(f"wrote {path}")
+
+
+def _sizes(scale: str | None, weak: bool) -> list[int]:
+    """The numbers of devices to plan on as well."""
+    from ridgeline.machine.cluster import MOST_DEVICES
+    from ridgeline.plan.amounts import count_of
+
+    if weak and not scale:
+        raise click.UsageError("--weak says how to scale; --scale 1024,2048 says to what")
+    listed = scale.split(",") if scale else []
+    return [count_of(size, "devices", "1024", MOST_DEVICES) for size in listed]
 
 
 def _question(

@@ -174,7 +174,11 @@ def plan_run(run: Run, on: str | None = None, *, top: int = 5, rank: Rank = "tim
 
 
 def price(asked: Question, layouts: list[Layout]) -> list[Planned]:
-    """Given layouts priced, whether they fit or not. They are not checked against the run."""
+    """Given layouts priced, whether they fit or not. They are not checked against the run.
+
+    The order of their axes is not priced: tensor ranks are taken to be neighbours, then context,
+    data and pipeline ranks.
+    """
     task, rates = physics(asked)
     shared = calibration().shared
     table = Layouts.of(layouts)

@@ -135,7 +135,8 @@ def with_own_layout(asked: Question, run: Run, on: str | None) -> tuple[Question
     plain = {name: Layout.model_fields[name].default for name in ("order", "expert_tensor")}
     priced = run.layout.model_copy(update=plain)
     if priced != run.layout:
-        asked = replace(asked, notes=(*asked.notes, f"{said} priced as '{priced}'"))
+        left_out = "the order of the axes and etp are not priced"
+        asked = replace(asked, notes=(*asked.notes, f"{said} priced as '{priced}': {left_out}"))
     return asked, run.layout
 
 
