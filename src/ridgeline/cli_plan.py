@@ -255,7 +255,7 @@ def probe(processes: str | None, output: Path | None) -> None:
     from ridgeline.plan.amounts import count_of
 
     usual = measure.usual_processes()
-    counts = [count_of(n, "processes") for n in processes.split(",")] if processes else usual
+    counts = [count_of(n, "processes", "2") for n in processes.split(",")] if processes else usual
     sizes = measure.Sizes()
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("probing", total=1.0)

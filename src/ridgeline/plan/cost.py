@@ -56,10 +56,10 @@ class Rates:
         named = {field.name: getattr(self, field.name) for field in fields(self)}
         for name, value in named.items():
             if isinstance(value, float | int):
-                not_negative(float(value), name.replace("_", " "))
+                not_negative(float(value), _words(name))
         for name in ("device_w", "failures_per_device_hour", "checkpoint_s"):
             if named[name] is not None:
-                positive(named[name], name.replace("_", " "))
+                positive(named[name], _words(name))
         if not re.fullmatch("[A-Z]{3}", self.currency):
             raise PlanError(
                 f"currency {self.currency!r}", "currencies have three letters (ISO 4217)", "USD"
@@ -76,6 +76,12 @@ class Rates:
                 "it is the share of all capital that is not devices, below 1",
                 f"{self.other_capital / 100:g}" if self.other_capital < 100 else "0.5",
             )
+
+
+def _words(name: str) -> str:
+    """A field's name for people: `checkpoint_s` is checkpoint seconds."""
+    *words, last = name.split("_")
+    return " ".join([*words, {"s": "seconds", "w": "watts"}.get(last, last)])
 
 
 @dataclass(frozen=True)
