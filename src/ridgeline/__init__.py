@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ridgeline.data.manifest import Manifest
+    from ridgeline.model.shape import ModelShape
+    from ridgeline.plan.cost import Cost
     from ridgeline.plan.plan import Plan
     from ridgeline.plan.validate import Validation
     from ridgeline.run import Run
@@ -28,7 +30,17 @@ if TYPE_CHECKING:
     from ridgeline.train.parity import Parity
     from ridgeline.train.worker import Outcome
 
-__all__ = ["parity", "plan", "prepare", "read_run", "report", "sample", "train", "validate"]
+__all__ = [
+    "cost",
+    "parity",
+    "plan",
+    "prepare",
+    "read_run",
+    "report",
+    "sample",
+    "train",
+    "validate",
+]
 
 
 def read_run(path: Path | str, overrides: Sequence[str] = ()) -> Run:
@@ -112,6 +124,17 @@ def plan(run: Run, on: str | None = None, **options: Any) -> Plan:
     from ridgeline.plan.plan import plan_run
 
     return plan_run(run, on, **options)
+
+
+def cost(model: ModelShape | str, tokens: int, on: str, **options: Any) -> Cost:
+    """Days, money and energy of training `model` (or the catalogue's of that name) on machine `on`.
+
+    See `ridgeline.plan.cost_text.cost_of`.
+    """
+    from ridgeline.model.catalogue import entry
+    from ridgeline.plan.cost_text import cost_of
+
+    return cost_of(entry(model).shape if isinstance(model, str) else model, tokens, on, **options)
 
 
 def validate(*files: Path) -> Validation:

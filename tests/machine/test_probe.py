@@ -25,8 +25,9 @@ from ridgeline.machine.probe import (
 )
 from ridgeline.model.decoder import Decoder
 from ridgeline.model.shape import ModelShape
-from ridgeline.plan.plan import physics, plan_run, price, question, question_of_run
+from ridgeline.plan.plan import plan_run, price
 from ridgeline.plan.plan_text import run_of
+from ridgeline.plan.question import physics, question, question_of_run
 from ridgeline.run import Run
 from ridgeline.train.measure import measure, precisions
 

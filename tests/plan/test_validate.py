@@ -112,8 +112,25 @@ def test_what_is_given_is_not_assumed(tmp_path: Path) -> None:
     known = calibration()
     bare = read_cases([csv_of(tmp_path, recompute="", precision="")], known).rows[0]
     assert {"recompute none", "precision bf16"} <= set(bare.assumed)
-    said = csv_of(tmp_path, stack="megatron-deepspeed", vocab="50000", sequence_parallel="y")
+    assert {"gated n", "tied y", "cluster Frontier"} <= set(bare.assumed)
+    said = csv_of(
+        tmp_path, stack="megatron-deepspeed", vocab="50000", sequence_parallel="y", gated="n",
+        tied="y", cluster="LUMI", schedule="1f1b",
+    )  # fmt: skip
     assert read_cases([said], known).rows[0].assumed == ()
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> None:
+    path = csv_of(tmp_path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert len(validate([path]).outcomes) == 1
+
+
+@pytest.mark.parametrize("hidden", ["1e30", "nan", "-5", "inf"])
+def test_absurd_numbers_are_skipped_with_the_reason(tmp_path: Path, hidden: str) -> None:
+    found = validate([csv_of(tmp_path, hidden=hidden)])
+    assert not found.outcomes
+    assert "not a quantity" in found.skipped[0][1]
 
 
 def test_the_source_is_never_read_for_an_assumption(tmp_path: Path) -> None:

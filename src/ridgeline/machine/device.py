@@ -71,7 +71,7 @@ class Device:
     idle_w: float | None = None
     """Power of an idle device."""
     origins: dict[str, str] = field(default_factory=dict)
-    """How each number is known: read, measured or assumed."""
+    """How each number is known: read, measured or assumed; all peaks as `peak_tflops`."""
     effective: dict[str, Effective] = field(default_factory=dict)
     """By precision; empty in the catalogue: only `ridgeline probe` measures it."""
 
@@ -89,7 +89,7 @@ def device(name: str) -> Device:
     if is_local(name):
         row = local_row("devices", name)
         try:
-            return _device(name, row)
+            return _device(name, row | {"peaks": "measured"})
         except (KeyError, TypeError, ValueError, AttributeError) as fault:
             raise unreadable(name, fault) from None
     if name == "MI250X":
@@ -147,7 +147,7 @@ def _device(name: str, row: dict[str, Any]) -> Device:
         memory_bandwidth=None if bandwidth is None else bandwidth * 1e12,
         power_w=numbers.get("power_w"),
         idle_w=numbers.get("idle_w"),
-        origins=origins,
+        origins={"peak_tflops": row.get("peaks", "read"), **origins},
         effective={
             precision: Effective(
                 matrix_flops=told["matrix_tflops"] * 1e12,

@@ -23,7 +23,6 @@ The assumptions, each from the other columns and never from `source`:
 from __future__ import annotations
 
 import csv
-import math
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,6 +31,7 @@ import numpy as np
 
 from ridgeline.errors import RidgelineError, SourceError
 from ridgeline.machine.cluster import Cluster, cluster, clusters
+from ridgeline.plan.amounts import MOST
 from ridgeline.plan.block import block
 from ridgeline.plan.constants import Constants, one, peak, rates_of
 from ridgeline.plan.memory import Memory, memory
@@ -111,7 +111,7 @@ class _NotExpressible(Exception):  # noqa: N818 - a verdict about a row
 
 def _rows_of(path: Path) -> list[dict[str, str]]:
     try:
-        lines = list(csv.reader(path.read_text(encoding="utf-8").splitlines()))
+        lines = list(csv.reader(path.read_text(encoding="utf-8-sig").splitlines()))
     except (OSError, UnicodeDecodeError) as fault:
         raise SourceError(f"cases {path}", f"it cannot be read: {fault}", "a CSV file") from None
     if not lines:
@@ -211,9 +211,17 @@ def _shape(row: dict[str, str], assumed: list[str]) -> dict[str, float]:
         vocab = 51200.0
         assumed.append("vocab 51200")
     gated = _flag(row.get("gated", ""))
-    gated = ffn != 4.0 * hidden if gated is None else gated
+    if gated is None:
+        gated = ffn != 4.0 * hidden
+        assumed.append(f"gated {'y' if gated else 'n'}")
     tied = _flag(row.get("tied", ""))
-    tied = not gated and vocab < 100_000 if tied is None else tied
+    if tied is None:
+        tied = not gated and vocab < 100_000
+        assumed.append(f"tied {'y' if tied else 'n'}")
+    kv_heads = _number(row.get("kv_heads", ""))
+    if not kv_heads:
+        kv_heads = float(heads)
+        assumed.append(f"kv_heads {heads}")
     experts = _number(row.get("experts", "")) or 0.0
     if re.search(r"MoE|DeepSeek|Mixtral", row.get("model", "")) and not experts:
         raise _NotExpressible("a mixture of experts without the columns experts and top_k")
@@ -221,7 +229,7 @@ def _shape(row: dict[str, str], assumed: list[str]) -> dict[str, float]:
         "layers": layers,
         "hidden": hidden,
         "heads": heads,
-        "kv_heads": _number(row.get("kv_heads", "")) or heads,
+        "kv_heads": kv_heads,
         "head_dim": hidden / heads,
         "value_dim": hidden / heads,
         "query_rank": 0.0,
@@ -246,6 +254,7 @@ def _machine(row: dict[str, str], assumed: list[str]) -> Cluster:
     usual = cluster(row["device"].strip())
     named = row.get("cluster", "").strip()
     if not named:
+        assumed.append(f"cluster {usual.name}")
         return usual
     found = clusters().get(named)
     if found is None or found.device != usual.device:
@@ -315,7 +324,11 @@ def _layout(
         assumed.append("recompute none")
     if recompute not in RECOMPUTES:
         raise _NotExpressible(f"recompute {recompute!r} is none of {', '.join(RECOMPUTES)}")
-    schedule = row.get("schedule", "").strip().lower() or "1f1b"
+    schedule = row.get("schedule", "").strip().lower()
+    if not schedule:
+        schedule = "1f1b"
+        if pipeline > 1:
+            assumed.append("schedule 1f1b")
     schedule = SCHEDULE_NAMES.get(schedule, schedule)
     if schedule not in SCHEDULES:
         raise _NotExpressible(f"schedule {schedule!r} is none of {', '.join(SCHEDULES)}")
@@ -434,8 +447,8 @@ def _number(text: str) -> float | None:
         value = float(text)
     except ValueError:
         raise _NotExpressible(f"{text!r} is not a number") from None
-    if not math.isfinite(value) or value < 0:
-        raise _NotExpressible(f"{text} is not a quantity")
+    if not 0 <= value <= MOST:  # NaN compares false
+        raise _NotExpressible(f"{text} is not a quantity from 0 to {MOST:g}")
     return value
 
 
