@@ -13,7 +13,7 @@ def table(found: Parity) -> str:
     """Loss and gradient norm of every step side by side, then a verdict for each layout."""
     tolerance = found.tolerance
     lines = [
-        f"{found.run}: {found.steps} steps in one process ('{found.reference}') and other layouts",
+        f"{found.run}: {found.steps} steps in one process ('{found.reference}') and in layouts",
         f"{found.precision} rounds: loss may differ by {tolerance.loss:g}, norm by "
         f"{tolerance.grad_norm:g}, a gradient by {tolerance.gradient:g} of its largest value",
         _learnt(found),
