@@ -177,8 +177,8 @@ def case_of(row: dict[str, str], known: Constants) -> Case:
         "dropout": float(old),
         "master_bytes": 8.0 if wide else 12.0,
         "weight_bytes": 4.0 if wide else 2.0,
-        "gradient_bytes": 2.0 if (old and not wide) or "PURE" in notes else 4.0,
-        "reduce_bytes": 4.0 if wide or stack == "fsdp2" else 2.0,
+        "gradient_bytes": 2.0 if (old and precision == "fp16") or "PURE" in notes else 4.0,
+        "reduce_bytes": 4.0 if wide or stack == "fsdp2" or (old and precision == "bf16") else 2.0,
         "logit_bytes": 14.0 if "fsdp" in stack else 10.0,
     }
     return Case(
@@ -245,6 +245,10 @@ def _machine(row: dict[str, str], assumed: list[str]) -> Cluster:
     """The named cluster if it is known and has the row's device, else the device's usual one."""
     usual = cluster(row["device"].strip())
     named = row.get("cluster", "").strip()
+    told = re.search(r"(?:inter|multi)-node (\d+) Gbps", row.get("notes", ""))
+    if told and not named:
+        ports = replace(usual.network, node_bandwidth=float(told[1]) * 1e9 / 8)
+        usual = replace(usual, name=f"{usual.name}, {told[1]} Gbit/s a node", network=ports)
     if not named:
         return usual
     found = clusters().get(named)
