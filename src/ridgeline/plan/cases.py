@@ -80,6 +80,8 @@ class Case:
     """Fields of Task and Layouts."""
     step_s: float | None
     memory_bytes: float | None
+    allocated: bool
+    """Whether that counts what tensors hold, not what the allocator has reserved for them."""
     assumed: tuple[str, ...] = ()
 
 
@@ -179,7 +181,8 @@ def case_of(row: dict[str, str], known: Constants) -> Case:
         "weight_bytes": 4.0 if wide else 2.0,
         "gradient_bytes": 2.0 if (old and precision == "fp16") or "PURE" in notes else 4.0,
         "reduce_bytes": 4.0 if wide or stack == "fsdp2" or (old and precision == "bf16") else 2.0,
-        "logit_bytes": 14.0 if "fsdp" in stack else 10.0,
+        "logit_bytes": _logit_bytes(stack, layout["tensor"]),
+        "whole_gradient": 4.0 if stack == "fsdp2" else 0.0,
     }
     return Case(
         id=row["id"],
@@ -196,8 +199,20 @@ def case_of(row: dict[str, str], known: Constants) -> Case:
         numbers=shape | layout | kept,
         step_s=_number(row.get("step_s", "")),
         memory_bytes=_times(_number(row.get("memory_gb", "")), 2.0**30),
+        allocated="allocated" in notes,
         assumed=tuple(assumed),
     )
+
+
+def _logit_bytes(stack: str, tensor: float) -> float:
+    """Memory per logit of a stack's loss, at its peak.
+
+    PyTorch's parallel loss has four float32 tensors in its backward pass: the logarithms, their
+    exponentials, the gradient before and after; its ordinary one has three and 16-bit logits.
+    """
+    if "fsdp" not in stack:
+        return 10.0
+    return 16.0 if stack == "fsdp2" and tensor > 1 else 14.0
 
 
 def _shape(row: dict[str, str], assumed: list[str]) -> dict[str, float]:

@@ -142,6 +142,9 @@ class Task(Table):
     """Bytes per parameter that cross the network when gradients are reduced."""
     logit_bytes: Array
     """Memory per logit: 16 bits, a float32 copy, its gradient, and what an unfused loss adds."""
+    whole_gradient: Array
+    """Bytes per parameter of the embedding's gradient that each tensor rank accumulates whole; 0
+    where it is divided as the embedding is."""
 
     @property
     def expert_layers(self) -> Array:
@@ -244,5 +247,6 @@ def task_of(
         "gradient_bytes": 4,
         "reduce_bytes": 4,
         "logit_bytes": 14,
+        "whole_gradient": 0,
     }
     return Task(**{name: np.float64(value) for name, value in numbers.items()})  # type: ignore[arg-type]
