@@ -33,7 +33,7 @@ import numpy as np
 from ridgeline.errors import RidgelineError, SourceError
 from ridgeline.machine.cluster import Cluster, cluster, clusters
 from ridgeline.plan.block import block
-from ridgeline.plan.constants import Constants, one, peak, rates_of
+from ridgeline.plan.constants import CAST_BYTES, NARROW, Constants, one, peak, rates_of
 from ridgeline.plan.memory import Memory, memory
 from ridgeline.plan.quantities import RECOMPUTES, SCHEDULES, Array, Layouts, Rates, Task
 from ridgeline.plan.step import Step, step
@@ -421,7 +421,10 @@ def rates_of_cases(rows: list[Case], known: Constants) -> Rates:
     exposed = np.where(overlap, np.minimum(core, rates.tensor_exposed), rates.tensor_exposed)
     where = {kind: index for index, kind in enumerate(unique)}
     picked = np.array([where[kind] for kind in kinds], dtype=np.intp)
-    return replace(rates, tensor_exposed=exposed).take(picked)
+    picked_rates = replace(rates, tensor_exposed=exposed).take(picked)
+    # rowwise fp8 reaches the 16-bit rate only, and converts all the same
+    narrow = np.array([row.precision in NARROW for row in rows])
+    return replace(picked_rates, cast=np.where(narrow, CAST_BYTES, 0.0))
 
 
 def predict(rows: list[Case], known: Constants) -> Step:

@@ -162,7 +162,7 @@ def rates_of(
         peak=at,
         matrix=at * share,
         matrix_16=peak_16 * array([d.matrix for d in devices]),
-        cast=array([3.0 if p in NARROW else 0.0 for p in precisions]),
+        cast=array([CAST_BYTES if p in NARROW else 0.0 for p in precisions]),
         edge=array([d.edge for d in devices]),
         attention=peak_16
         * array([d.attention * k.attention for d, k in zip(devices, kinds, strict=True)]),
@@ -188,6 +188,8 @@ def rates_of(
 
 
 NARROW = ("fp8", "mxfp8", "nvfp4")
+CAST_BYTES = 3.0
+"""Read and written to convert one element of a product from 16 to 8 bits."""
 
 
 def peak(cluster: Cluster, precision: str) -> float:
