@@ -18,8 +18,6 @@ from ridgeline.plan.quantities import Array, Layouts, Rates, Table, Task
 
 FORWARD_HOST, RECOMPUTE_HOST, BACKWARD_HOST = 0.28, 0.28, 0.44
 """Shares of the host's work per layer (assumed: counted in launched kernels)."""
-LOSS_BYTES = 12
-"""Bytes per logit of a fused loss: 16-bit logits and gradient, a float32 copy (assumed)."""
 SMOOTH = 3.0
 """Exponent of the power mean that joins device and host time (assumed)."""
 
@@ -243,7 +241,7 @@ def _head(task: Task, rates: Rates, keys: Layouts, rows: Array) -> Array:
     edge = rates.edge
     saturation = (1 + edge / rows) * (1 + edge / width) * (1 + edge / task.hidden)
     product = 2 * rows * width * task.hidden * saturation / rates.matrix_16
-    return 3 * product + rows * width * LOSS_BYTES * rates.traffic / rates.memory
+    return 3 * product + rows * width * task.loss_bytes * rates.traffic / rates.memory
 
 
 def _floor(device: Array, host: Array) -> Array:

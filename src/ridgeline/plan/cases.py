@@ -35,7 +35,15 @@ from ridgeline.machine.cluster import Cluster, cluster, clusters
 from ridgeline.plan.block import block
 from ridgeline.plan.constants import CAST_BYTES, NARROW, Constants, one, peak, rates_of
 from ridgeline.plan.memory import Memory, memory
-from ridgeline.plan.quantities import RECOMPUTES, SCHEDULES, Array, Layouts, Rates, Task
+from ridgeline.plan.quantities import (
+    FUSED_LOSS_BYTES,
+    RECOMPUTES,
+    SCHEDULES,
+    Array,
+    Layouts,
+    Rates,
+    Task,
+)
 from ridgeline.plan.step import Step, step
 
 COLUMNS = ("id", "source", "model", "layers", "hidden", "heads", "seq_len", "device", "devices")
@@ -58,6 +66,9 @@ SCHEDULE_NAMES = {
     "interleavedzerobubble": "izb", "zbvzerobubble": "zbv", "zb-v": "zbv",
 }  # fmt: skip
 """What others call the schedules."""
+UNFUSED_LOSS_BYTES = 52
+"""Memory traffic per logit of Megatron's vocabulary-parallel loss of 2021, counted by its passes:
+to float32 6, maximum 4, less it 8, exponential 8, sum 4, quotient 8, times the gradient 8, back 6."""
 
 
 @dataclass(frozen=True)
@@ -182,6 +193,7 @@ def case_of(row: dict[str, str], known: Constants) -> Case:
         "gradient_bytes": 2.0 if (old and precision == "fp16") or "PURE" in notes else 4.0,
         "reduce_bytes": 4.0 if wide or stack == "fsdp2" or (old and precision == "bf16") else 2.0,
         "logit_bytes": _logit_bytes(stack, layout["tensor"]),
+        "loss_bytes": float(UNFUSED_LOSS_BYTES if old else FUSED_LOSS_BYTES),
         "whole_gradient": 4.0 if stack == "fsdp2" else 0.0,
     }
     return Case(

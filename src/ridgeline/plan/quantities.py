@@ -20,6 +20,8 @@ from ridgeline.model.shape import ModelShape
 Array = NDArray[np.float64]
 SCHEDULES: tuple[str, ...] = get_args(Schedule)
 RECOMPUTES: tuple[str, ...] = get_args(Recompute)
+FUSED_LOSS_BYTES = 12
+"""Memory traffic per logit of a fused loss: 16-bit logits and gradient, a float32 copy (assumed)."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,8 @@ class Task(Table):
     """Bytes per parameter that cross the network when gradients are reduced."""
     logit_bytes: Array
     """Memory per logit: 16 bits, a float32 copy, its gradient, and what an unfused loss adds."""
+    loss_bytes: Array
+    """Memory traffic per logit of the loss, forward and backward."""
     whole_gradient: Array
     """Bytes per parameter of the embedding's gradient that each tensor rank accumulates whole; 0
     where it is divided as the embedding is."""
@@ -247,6 +251,7 @@ def task_of(
         "gradient_bytes": 4,
         "reduce_bytes": 4,
         "logit_bytes": 14,
+        "loss_bytes": FUSED_LOSS_BYTES,
         "whole_gradient": 0,
     }
     return Task(**{name: np.float64(value) for name, value in numbers.items()})  # type: ignore[arg-type]
