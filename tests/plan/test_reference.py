@@ -176,7 +176,7 @@ class Plain:
             sends = 2 * micro_batches * v * (latency + message / rate)
         total = busy + data + optimizer + sends
         nodes = max(layout.world / r["node_ranks"], 1)
-        return total * (1 + self.shared.jitter * math.log2(nodes))
+        return total * (1 + self.shared.jitter * math.sqrt(2 * math.log(nodes)))
 
     def bytes(self) -> float:
         """Memory of the fullest device."""

@@ -18,6 +18,10 @@ The assumptions, each from the other columns and never from `source`:
   2022 or later.
 - fp8 whose notes say "rowwise" runs its products at the 16-bit rate, as published tables have it.
 - compiled, asynchronous tensor parallelism: where the notes say so; megatron-core is fused.
+- ports of a node: where no cluster is named, as the notes say ("inter-node 800 Gbps").
+- gradients: megatron-deepspeed accumulates and reduces them in float32 where it trains in bf16, as
+  Megatron-LM insists, in 16 bits where it trains in fp16; megatron-core and fsdp1 reduce 16 bits.
+- memory: what the allocator had reserved, or where the notes say so, what was allocated.
 """
 
 from __future__ import annotations
@@ -67,8 +71,8 @@ SCHEDULE_NAMES = {
 }  # fmt: skip
 """What others call the schedules."""
 UNFUSED_LOSS_BYTES = 52
-"""Memory traffic per logit of Megatron's vocabulary-parallel loss of 2021, counted by its passes:
-to float32 6, maximum 4, less it 8, exponential 8, sum 4, quotient 8, times the gradient 8, back 6."""
+"""Memory traffic per logit of the vocabulary-parallel loss of Megatron-LM in 2021, by its passes: to
+float32 6, maximum 4, less it 8, exponential 8, sum 4, quotient 8, times the gradient 8, back 6."""
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ from ridgeline.plan.quantities import Array
 
 BEYOND, UNKNOWN = 2.0, 4.0
 """How much wider the interval is outside a device's calibrated range or where only a device of
-the same peak was fitted, and for a device or precision without a published run (assumed: such
-predictions were off by -45% to +98% when tried)."""
+the same peak was fitted, and for a device or precision without a published run, a mixture of
+experts or latent attention (assumed: such predictions were off by -45% to +98% when tried)."""
 RANGE = ("devices", "sequence", "tensor", "pipeline")
 
 

@@ -86,7 +86,7 @@ class Shared:
     compiled: float
     """Element-wise traffic of a compiled FSDP2 program over the eager one."""
     jitter: float
-    """Slowing per doubling of nodes: the slowest of many."""
+    """Scatter of a node's step, of which n nodes wait for the slowest: sqrt(2·ln n) times it."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from ridgeline.machine.local import LOCAL, local_name, local_processes
 from ridgeline.model.counts import flops_per_token, parameters
 from ridgeline.model.shape import ModelShape
 from ridgeline.plan.block import block
-from ridgeline.plan.certainty import BEYOND, certainty
+from ridgeline.plan.certainty import UNKNOWN, certainty
 from ridgeline.plan.constants import calibration, peak, rates_of
 from ridgeline.plan.cost import Cost, cost
 from ridgeline.plan.cost import Rates as Prices
@@ -311,7 +311,7 @@ def _priced(asked: Question, table: Layouts, steps: Step, memories: Memory) -> l
     }
     stretch = sure.stretch(device, asked.precision, sizes)
     if asked.shape.experts or asked.shape.latent_attention:  # no fitted row has either
-        stretch = np.maximum(stretch, BEYOND)
+        stretch = np.maximum(stretch, UNKNOWN)
     low, high = sure.interval(steps.total, asked.stack, asked.precision, stretch)
     at_peak = peak(asked.cluster, asked.precision) * asked.devices
     causal, full = _flops(asked, "causal"), _flops(asked, "full")

@@ -21,7 +21,7 @@ Array = NDArray[np.float64]
 SCHEDULES: tuple[str, ...] = get_args(Schedule)
 RECOMPUTES: tuple[str, ...] = get_args(Recompute)
 FUSED_LOSS_BYTES = 12
-"""Memory traffic per logit of a fused loss: 16-bit logits and gradient, a float32 copy (assumed)."""
+"""Traffic per logit of a fused loss: 16-bit logits and their gradient, a float32 copy (assumed)."""
 
 
 @dataclass(frozen=True)
