@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ridgeline.machine.cluster import devices
+from ridgeline.machine.device import devices
 from ridgeline.plan.block import block
 from ridgeline.plan.cases import Case, predict, rates_of_cases, read_cases, task_and_layouts
 from ridgeline.plan.certainty import RANGE, UNKNOWN, Certainty
@@ -316,7 +316,7 @@ def _quantile(error: Array, families: Array) -> float:
     order = np.argsort(error)
     share = np.cumsum(weight[order]) / weight.sum()
     level = 0.8 * (len(count) + 1) / len(count) if len(count) > 6 else 0.8
-    return float(error[order][min(np.searchsorted(share, level), len(error) - 1)])
+    return float(error[order][min(int(np.searchsorted(share, level)), len(error) - 1)])
 
 
 def class_of(row: Case) -> str:

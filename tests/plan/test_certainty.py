@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ridgeline.machine.cluster import devices
+from ridgeline.machine.device import devices
 from ridgeline.plan.certainty import BEYOND, UNKNOWN, certainty
 
 WITHIN = {

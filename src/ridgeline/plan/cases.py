@@ -71,8 +71,8 @@ SCHEDULE_NAMES = {
 }  # fmt: skip
 """What others call the schedules."""
 UNFUSED_LOSS_BYTES = 52
-"""Memory traffic per logit of the vocabulary-parallel loss of Megatron-LM in 2021, by its passes: to
-float32 6, maximum 4, less it 8, exponential 8, sum 4, quotient 8, times the gradient 8, back 6."""
+"""Traffic per logit of Megatron-LM's vocabulary-parallel loss of 2021, by its passes: to float32 6,
+maximum 4, less it 8, exponential 8, sum 4, quotient 8, times the gradient 8, back to 16 bits 6."""
 
 
 @dataclass(frozen=True)

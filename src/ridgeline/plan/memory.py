@@ -100,6 +100,8 @@ def _whole_gradient(task: Task, layouts: Layouts) -> Array:
     DTensor has no vocabulary-parallel gradient of an embedding, and FSDP2 keeps what it
     accumulates over micro-batches as it came, until it reduces once.
     """
+    if not np.any(task.whole_gradient):
+        return np.zeros_like(layouts.tensor)
     parameters = task.vocab * task.hidden * (1 - 1 / layouts.tensor)
     return np.where(layouts.zero < 2, parameters * task.whole_gradient, 0.0)
 
