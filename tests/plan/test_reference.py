@@ -88,7 +88,7 @@ class Plain:
         }[layout.recompute]
         redo = again[0] * matrix + again[1] * attention + again[2] * element
         full = layout.recompute == "full"
-        host = r["host"] * (1 + self.shared.host_growth * math.log2(tensor))
+        host = r["host"] * (1 + self.shared.host_growth * (tensor > 1))
         one = matrix + attention + element
         two = 2 * (matrix + element) + self.shared.attention_backward * attention
 

@@ -216,7 +216,7 @@ def block(task: Task, rates: Rates, shared: Shared, keys: Layouts) -> Block:
     # Megatron's fused softmax needs micro-batch · heads per rank to be a multiple of four; the
     # operations that stand in for it are launched one by one
     split = (task.flash == 0) & ((keys.micro_batch * task.heads / tensor) % 4 != 0)
-    host = rates.host * (1 + shared.host_growth * np.log2(tensor))
+    host = rates.host * (1 + shared.host_growth * (tensor > 1))
     host = host * np.where(split, shared.softmax_fallback, 1.0)
     forward = _floor(busy_forward + tensor_pass + context + exchange, FORWARD_HOST * host)
     again = _floor(redo + redo_wait, np.where(full, RECOMPUTE_HOST * host, 0.0))

@@ -79,7 +79,7 @@ class Shared:
     head_host: float
     """Host's work on embedding, head and loss per micro-batch, in layers' worth."""
     host_growth: float
-    """Growth of the host's work per doubling of tensor parallelism."""
+    """Growth of the host's work by the launch of tensor ranks' collectives, however many ranks."""
     link_latency: float
     port_latency: float
     """Seconds per hop of a ring within a node, and between nodes."""
