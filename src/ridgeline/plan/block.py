@@ -214,7 +214,7 @@ def block(task: Task, rates: Rates, shared: Shared, keys: Layouts) -> Block:
     # Megatron's fused softmax needs micro-batch · heads per rank to be a multiple of four; the
     # operations that stand in for it are launched one by one
     split = (task.flash == 0) & ((keys.micro_batch * task.heads / tensor) % 4 != 0)
-    host = rates.host * (1 + shared.host_growth * np.log2(tensor))
+    host = rates.host * (1 + shared.host_growth * (tensor > 1))
     host = host * np.where(split, shared.softmax_fallback, 1.0)
     forward = _floor(rates, busy_forward + tensor_pass + context + exchange, FORWARD_HOST * host)
     again = _floor(rates, redo + redo_wait, np.where(full, RECOMPUTE_HOST * host, 0.0))
@@ -239,7 +239,7 @@ def _head(task: Task, rates: Rates, keys: Layouts, rows: Array) -> Array:
     edge = rates.edge
     saturation = (1 + edge / rows) * (1 + edge / width) * (1 + edge / task.hidden)
     product = 2 * rows * width * task.hidden * saturation / rates.matrix_16
-    return 3 * product + rows * width * rates.loss_bytes / rates.memory
+    return 3 * product + rows * width * task.loss_bytes * rates.loss_traffic / rates.memory
 
 
 def _floor(rates: Rates, device: Array, host: Array) -> Array:

@@ -77,7 +77,7 @@ def measured_rates(cluster: Cluster, devices: int, stack: str, precision: str) -
         "tensor_exposed": 1.0,
         "gather": 1.0,
         "join": JOIN,
-        "loss_bytes": 0.0,
+        "loss_traffic": 0.0,
         "update": told.update_s,
         "selective_matrix": kind.selective_matrix,
         "selective_attention": kind.selective_attention,
@@ -95,13 +95,13 @@ def _with_stack(bare: Rates, told: Effective, precision: str) -> Rates:
     bare_layer_s, bare_ends_s = _passes(bare, told.decoder, precision)
     hosted_layer_s, hosted_ends_s = _passes(replace(bare, host=ONE), told.decoder, precision)
     smooth_layer_s, _ = _passes(replace(bare, traffic=ONE), told.decoder, precision)
-    _, lossy_ends_s = _passes(replace(bare, loss_bytes=ONE), told.decoder, precision)
+    _, lossy_ends_s = _passes(replace(bare, loss_traffic=ONE), told.decoder, precision)
     beyond = np.array(told.layer_s) - bare_layer_s
     costs = np.stack([hosted_layer_s - bare_layer_s, smooth_layer_s - bare_layer_s], axis=1)
     host, traffic = _not_negative(costs, beyond, np.array(told.layer_s))
     ends_s = bare_ends_s[-1] + host * (hosted_ends_s - bare_ends_s)[-1]
     loss = max((told.ends_s - ends_s) / (lossy_ends_s - bare_ends_s)[-1], 0.0)
-    return replace(bare, host=host, traffic=traffic, loss_bytes=np.asarray(loss))
+    return replace(bare, host=host, traffic=traffic, loss_traffic=np.asarray(loss))
 
 
 def _passes(rates: Rates, decoder: Decoder, precision: str) -> tuple[Array, Array]:

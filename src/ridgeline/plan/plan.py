@@ -16,7 +16,7 @@ from ridgeline.ledger import Ledger
 from ridgeline.model.counts import flops_per_token
 from ridgeline.plan import search as searching
 from ridgeline.plan.block import block
-from ridgeline.plan.certainty import BEYOND, certainty
+from ridgeline.plan.certainty import UNKNOWN, certainty
 from ridgeline.plan.constants import calibration, peak
 from ridgeline.plan.cost import Cost, cost
 from ridgeline.plan.ledgers import CAUSES, ledger_of
@@ -199,7 +199,7 @@ def _priced(asked: Question, table: Layouts, steps: Step, memories: Memory) -> l
     }
     stretch = sure.stretch(device, asked.precision, sizes)
     if asked.shape.experts or asked.shape.latent_attention:  # no fitted row has either
-        stretch = np.maximum(stretch, BEYOND)
+        stretch = np.maximum(stretch, UNKNOWN)
     low, high = sure.interval(steps.total, asked.stack, asked.precision, stretch)
     at_peak = peak(asked.cluster, asked.precision) * asked.devices
     causal, full = _flops(asked, "causal"), _flops(asked, "full")

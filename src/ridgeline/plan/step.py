@@ -103,7 +103,7 @@ def step(task: Task, rates: Rates, shared: Shared, layouts: Layouts, blocks: Blo
     host = waiting - compute - tensor - context - expert
     total = busy + data + optimizer + sends
     nodes = np.maximum(pipeline * replicas * layouts.tensor / rates.node_ranks, 1.0)
-    jitter = shared.jitter * np.log2(nodes) * total
+    jitter = shared.jitter * np.sqrt(2 * np.log(nodes)) * total
     return Step(
         compute=compute,
         tensor=tensor,
