@@ -14,15 +14,17 @@ stores the fit on all rows as the three files of `src/ridgeline/plan/calibration
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from ridgeline.machine.device import devices
 from ridgeline.plan.block import block
 from ridgeline.plan.cases import Case, predict, rates_of_cases, read_cases, task_and_layouts
-from ridgeline.plan.certainty import RANGE
+from ridgeline.plan.certainty import RANGE, UNKNOWN, Certainty
 from ridgeline.plan.constants import FILES, Constants, DeviceConstants, constants_from, names_of
 from ridgeline.plan.quantities import Array
 from ridgeline.plan.step import step
@@ -250,12 +252,48 @@ def in_folds(rows: list[Case], start: Constants, rounds: int, folds: int = 5) ->
     return seconds
 
 
-def half_widths(rows: list[Case], seconds: Array) -> dict[str, float]:
-    """The 80% quantile of the absolute error, in logarithms, by class of row.
+def evidence(rows: list[Case]) -> Certainty:
+    """What the rows calibrate: per device the range and the precisions; no half-widths yet."""
+    ranges, precisions = {}, {}
+    for name in sorted({row.cluster.device.name for row in rows}):
+        own = [row for row in rows if row.cluster.device.name == name]
+        # a pipeline of 16 is one on any device; a job of 10,000 needs its own network
+        ranges[name] = {
+            size: max(
+                r.devices if size == "devices" else r.numbers[size]
+                for r in (own if size in ("devices", "sequence") else rows)
+            )
+            for size in RANGE
+        }
+        kinds = {"fp16" if row.precision == "bf16" else row.precision for row in own}
+        precisions[name] = tuple(sorted(kinds))
+    kin = {
+        name: tuple(k for k in ranges if k != name and devices()[k].peak_flops.get("fp16") == peak)
+        for name, one in devices().items()
+        if (peak := one.peak_flops.get("fp16"))
+    }
+    return Certainty({}, ranges, precisions, {name: ks for name, ks in kin.items() if ks})
+
+
+def stretches(rows: list[Case], families: Array) -> Array:
+    """What each row's interval would be multiplied by had its source not been fitted."""
+    found = np.zeros(len(rows))
+    for name in sorted(set(families)):
+        known = evidence([row for row, f in zip(rows, families, strict=True) if f != name])
+        for i in np.flatnonzero(families == name):
+            numbers = rows[i].numbers | {"devices": float(rows[i].devices)}
+            sizes = {size: np.array(numbers[size]) for size in RANGE}
+            device = rows[i].cluster.device.name
+            found[i] = known.stretch(device, rows[i].precision, sizes)
+    return found
+
+
+def half_widths(rows: list[Case], seconds: Array, stretch: Array) -> dict[str, float]:
+    """The 80% quantile of the absolute error, in logarithms and over its stretch, by class of row.
 
     Sources count equally within a class; a class of few sources is drawn to the quantile of all.
     """
-    error = np.abs(np.log(seconds / np.array([row.step_s for row in rows], dtype=float)))
+    error = np.abs(np.log(seconds / np.array([row.step_s for row in rows], dtype=float))) / stretch
     classes = np.array([class_of(row) for row in rows])
     families = np.array([family(row.source) for row in rows])
     every = _quantile(error, families)
@@ -278,7 +316,7 @@ def _quantile(error: Array, families: Array) -> float:
     order = np.argsort(error)
     share = np.cumsum(weight[order]) / weight.sum()
     level = 0.8 * (len(count) + 1) / len(count) if len(count) > 6 else 0.8
-    return float(error[order][min(np.searchsorted(share, level), len(error) - 1)])
+    return float(error[order][min(int(np.searchsorted(share, level)), len(error) - 1)])
 
 
 def class_of(row: Case) -> str:
@@ -290,34 +328,33 @@ def coverage(rows: list[Case], families: Array, seconds: Array) -> None:
     """Share of unseen rows within intervals that were drawn from the other sources alone."""
     measured = np.array([row.step_s for row in rows], dtype=float)
     inside, half, error = np.zeros(len(rows)), np.zeros(len(rows)), np.abs(seconds / measured - 1)
+    stretch = stretches(rows, families)
     for name in sorted(set(families)):
         others = families != name
-        widths = half_widths([r for r, o in zip(rows, others, strict=True) if o], seconds[others])
+        apart = [row for row, o in zip(rows, others, strict=True) if o]
+        widths = half_widths(apart, seconds[others], stretch[others])
         for i in np.flatnonzero(~others):
-            half[i] = widths.get(class_of(rows[i]), widths["all"])
+            half[i] = widths.get(class_of(rows[i]), widths["all"]) * stretch[i]
             inside[i] = abs(np.log(seconds[i] / measured[i])) <= half[i]
     wide = np.array([row.precision in ("bf16", "fp16") for row in rows])
     single = np.array([row.model == "GPT" for row in rows])
-    for title, mask in (("16-bit cases", wide & ~single), ("fp8, fp4", ~wide)):
+    for title, mask in (("16-bit", wide & ~single), ("fp8, fp4", ~wide), ("one node", single)):
+        near = mask & (stretch < UNKNOWN)
         print(
             f"80% interval, {title}: covers {inside[mask].mean():.1%}, median half-width "
-            f"{np.median(half[mask]):.1%}, MAPE {error[mask].mean():.1%}"
+            f"{np.median(half[mask]):.1%}, MAPE {error[mask].mean():.1%}; where the device, or one "
+            f"of its peak, was in the fit ({near.sum()} rows): {inside[near].mean():.1%}, "
+            f"{np.median(half[near]):.1%}, {error[near].mean():.1%}"
         )
 
 
-def write_certainty(rows: list[Case], widths: dict[str, float], folder: Path) -> None:
-    """calibration/certainty.toml: intervals and the range that the rows span."""
-    lines = [HEADER, "[half_width]", *(f'"{k}" = {v:.4g}' for k, v in widths.items()), ""]
-    for name in sorted({row.cluster.device.name for row in rows}):
-        own = [row for row in rows if row.cluster.device.name == name]
-        lines.append(f'[range."{name}"]')
-        for size in RANGE:
-            # a pipeline of 16 is one on any device; a job of 10,000 needs its own network
-            those = own if size in ("devices", "sequence") else rows
-            most = max(r.devices if size == "devices" else r.numbers[size] for r in those)
-            lines.append(f"{size} = {most:g}")
-        kinds = sorted({"fp16" if r.precision == "bf16" else r.precision for r in own})
-        lines += [f"precisions = [{', '.join(repr(k) for k in kinds)}]".replace("'", '"'), ""]
+def write_certainty(known: Certainty, widths: dict[str, float], folder: Path) -> None:
+    """calibration/certainty.toml: intervals, the range that the rows span, and devices alike."""
+    lines = [HEADER, "[half_width]", *(f'"{k}" = {v:.4g}' for k, v in widths.items()), "", "[kin]"]
+    lines += [f'"{name}" = {json.dumps(names)}' for name, names in known.kin.items()] + [""]
+    for name, sizes in known.ranges.items():
+        lines += [f'[range."{name}"]', *(f"{size} = {most:g}" for size, most in sizes.items())]
+        lines += [f"precisions = {json.dumps(known.precisions[name])}", ""]
     (folder / "certainty.toml").write_text("\n".join(lines), encoding="utf-8")
 
 
@@ -356,7 +393,8 @@ def main() -> None:
         report("each source left out", rows, left_out)
         coverage(rows, families, left_out)
         if asked.write:
-            write_certainty(rows, half_widths(rows, left_out), asked.write)
+            widths = half_widths(rows, left_out, stretches(rows, families))
+            write_certainty(evidence(rows), widths, asked.write)
 
 
 if __name__ == "__main__":

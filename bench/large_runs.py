@@ -17,7 +17,8 @@ from ridgeline.model.catalogue import entry
 from ridgeline.model.counts import flops_per_token
 from ridgeline.plan.cases import predict, read_cases
 from ridgeline.plan.constants import calibration
-from ridgeline.plan.plan import Planned, price, question
+from ridgeline.plan.plan import Planned, price
+from ridgeline.plan.question import question
 
 PUBLISHED = {"8192 8192": 430.0, "16384 8192": 400.0, "16384 131072": 380.0}
 """TFLOP/s per device, by devices and tokens per sequence."""

@@ -11,7 +11,8 @@ from __future__ import annotations
 import time
 
 from ridgeline.model.catalogue import entry
-from ridgeline.plan.plan import plan, question
+from ridgeline.plan.plan import plan
+from ridgeline.plan.question import question
 
 CASES = (
     ("frontier-175b", "1024xFrontier", 2048, 10240),

@@ -8,7 +8,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch loads: tests share
 logging.disable(logging.DEBUG)  # PyTorch's checkpoint planner tells of every tensor, twice
 
 from ridgeline.data.prepare import prepare  # noqa: E402
+from ridgeline.launch.pool import Pool  # noqa: E402
 from ridgeline.run import Data, Run, make_run  # noqa: E402
 
 VOCAB = 320
@@ -117,6 +118,13 @@ def tiny_run(make_tiny_run: Callable[..., Run], tmp_path: Path) -> Callable[...,
         return make_tiny_run(**{"folder": tmp_path / "runs", **changes})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Pool]:
+    """Worker processes that all tests share; what runs in them is imported from its file."""
+    with Pool() as started:
+        yield started
 
 
 @pytest.fixture(scope="session")

@@ -54,8 +54,8 @@ def every_verb(group: click.Group, prefix: str = "") -> list[str]:
 
 def test_the_verbs_are_these() -> None:
     assert sorted(every_verb(cli.verbs)) == [
-        "cost", "data", "data prepare", "models", "pipeline", "plan", "probe", "report", "sample",
-        "train", "validate", "version",
+        "cost", "data", "data prepare", "machines", "models", "parity", "pipeline", "plan", "probe",
+        "report", "sample", "train", "validate", "version",
     ]  # fmt: skip
 
 

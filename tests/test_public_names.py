@@ -10,6 +10,7 @@ import pytest
 
 import ridgeline
 from ridgeline.data.prepare import prepare
+from ridgeline.plan.cost_text import cost_of
 from ridgeline.train.sample import sample
 from ridgeline.train.start import train
 from ridgeline.train.worker import Outcome
@@ -17,7 +18,7 @@ from ridgeline.train.worker import Outcome
 
 def test_the_public_names_are_these() -> None:
     assert ridgeline.__all__ == [
-        "plan", "prepare", "read_run", "report", "sample", "train", "validate",
+        "cost", "parity", "plan", "prepare", "read_run", "report", "sample", "train", "validate",
     ]  # fmt: skip
     for name in ridgeline.__all__:
         verb = getattr(ridgeline, name)
@@ -36,8 +37,19 @@ def test_the_public_names_are_these() -> None:
             "loss: 'LossFunction | None' = None, "
             "optimizer: 'MakeOptimizer | None' = None) -> 'Outcome'",
         ),
+        (
+            ridgeline.parity,
+            "(run: 'Run', layouts: 'Sequence[str]' = (), steps: 'int' = 10, *, "
+            "decoder: 'MakeDecoder | None' = None, loss: 'LossFunction | None' = None, "
+            "optimizer: 'MakeOptimizer | None' = None, "
+            "progress: 'Callable[[str, float], None] | None' = None) -> 'Parity'",
+        ),
         (ridgeline.sample, "(folder: 'Path', prompt: 'str', **options: 'Any') -> 'str'"),
         (ridgeline.report, "(folder: 'Path') -> 'Path'"),
+        (
+            ridgeline.cost,
+            "(model: 'ModelShape | str', tokens: 'int', on: 'str', **options: 'Any') -> 'Cost'",
+        ),
     ],
 )
 def test_signatures_of_the_verbs(verb: FunctionType, signature: str) -> None:
@@ -48,8 +60,16 @@ def test_signatures_of_the_verbs(verb: FunctionType, signature: str) -> None:
     ("function", "parameters"),
     [
         (train, ["run", "decoder", "loss", "optimizer"]),
+        (
+            importlib.import_module("ridgeline.train.parity").parity,
+            ["run", "layouts", "steps", "decoder", "loss", "optimizer", "pool", "progress"],
+        ),
         (sample, ["folder", "prompt", "tokens", "temperature", "top_k", "seed", "decoder"]),
         (prepare, ["data", "vocab", "seed", "console"]),
+        (
+            cost_of,
+            ["shape", "tokens", "on", "mfu", "days", "sequence", "precision", "rates"],
+        ),
     ],
 )
 def test_parameters_of_what_the_verbs_call(function: FunctionType, parameters: list[str]) -> None:

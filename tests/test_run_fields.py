@@ -28,7 +28,7 @@ from ridgeline.layout.trainable import trainable
 from ridgeline.model.counts import flops_per_token, parameters
 from ridgeline.model.decoder import Decoder, make_mlp
 from ridgeline.plan.constants import peak
-from ridgeline.plan.plan import question_of_run
+from ridgeline.plan.question import question_of_run
 from ridgeline.run import Data, Run
 from ridgeline.train.build import build
 from ridgeline.train.experts import update_router_bias

@@ -14,20 +14,33 @@ from ridgeline import plan as _plan_package  # noqa: F401
 from ridgeline import train as _train_package  # noqa: F401
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from rich.console import Console
 
     from ridgeline.data.manifest import Manifest
+    from ridgeline.model.shape import ModelShape
+    from ridgeline.plan.cost import Cost
     from ridgeline.plan.plan import Plan
     from ridgeline.plan.validate import Validation
     from ridgeline.run import Run
     from ridgeline.train.build import MakeDecoder, MakeOptimizer
     from ridgeline.train.loop import LossFunction
+    from ridgeline.train.parity import Parity
     from ridgeline.train.worker import Outcome
 
-__all__ = ["plan", "prepare", "read_run", "report", "sample", "train", "validate"]
+__all__ = [
+    "cost",
+    "parity",
+    "plan",
+    "prepare",
+    "read_run",
+    "report",
+    "sample",
+    "train",
+    "validate",
+]
 
 
 def read_run(path: Path | str, overrides: Sequence[str] = ()) -> Run:
@@ -67,6 +80,31 @@ def train(
     return start(run, **own)
 
 
+def parity(
+    run: Run,
+    layouts: Sequence[str] = (),
+    steps: int = 10,
+    *,
+    decoder: MakeDecoder | None = None,
+    loss: LossFunction | None = None,
+    optimizer: MakeOptimizer | None = None,
+    progress: Callable[[str, float], None] | None = None,
+) -> Parity:
+    """Train some steps in one process and in each layout, and compare; every part as in `train`.
+
+    `layouts` are sentences such as "dp2 mb2"; none: the usual ones that this run can have. See
+    `ridgeline.train.parity.parity`.
+    """
+    from ridgeline.launch.local import warm_up
+
+    warm_up()  # the fork server imports torch while this process does
+    from ridgeline.train.parity import parity as compare
+
+    parts = {"decoder": decoder, "loss": loss, "optimizer": optimizer, "progress": progress}
+    own: Any = {name: part for name, part in parts.items() if part is not None}
+    return compare(run, layouts, steps, **own)
+
+
 def sample(folder: Path, prompt: str, **options: Any) -> str:
     """Continue `prompt` with the newest checkpoint; see `ridgeline.train.sample.sample`."""
     from ridgeline.train.sample import sample as draw
@@ -86,6 +124,17 @@ def plan(run: Run, on: str | None = None, **options: Any) -> Plan:
     from ridgeline.plan.plan import plan_run
 
     return plan_run(run, on, **options)
+
+
+def cost(model: ModelShape | str, tokens: int, on: str, **options: Any) -> Cost:
+    """Days, money and energy of training `model` (or the catalogue's of that name) on machine `on`.
+
+    See `ridgeline.plan.cost_text.cost_of`.
+    """
+    from ridgeline.model.catalogue import entry
+    from ridgeline.plan.cost_text import cost_of
+
+    return cost_of(entry(model).shape if isinstance(model, str) else model, tokens, on, **options)
 
 
 def validate(*files: Path) -> Validation:

@@ -9,13 +9,12 @@ from typing import Any, NoReturn
 import click
 
 import ridgeline
-from ridgeline.cli_plan import NewFile, plan, probe, validate
+from ridgeline.cli_plan import NewFile, machines, plan, probe, validate
+from ridgeline.cli_train import OVERRIDES, parity
 from ridgeline.errors import NotLearnt, RidgelineError
 
 RESUME_ME = 75
 """Exit status of a run that was asked to stop: saved, not complete (sysexits' EX_TEMPFAIL)."""
-
-OVERRIDES = {"ignore_unknown_options": True, "allow_extra_args": True}
 
 
 def main() -> NoReturn:
@@ -164,7 +163,7 @@ def models(name: str | None) -> None:
 @click.argument("model")
 @click.option("--tokens", required=True, help="Training tokens: 15T, 300B, 2e12.")
 @click.option("--on", "machine", required=True, help="Devices: 16000xH100-SXM-80GB.")
-@click.option("--mfu", type=float, help="Share of the dense peak, such as 0.4.")
+@click.option("--mfu", type=float, help="Share of the dense peak; default: as planned.")
 @click.option("--days", type=float, help="Days without failures, instead of --mfu.")
 @click.option("--seq", "sequence", type=int, help="Tokens per sequence.")
 @click.option("--precision", help="Of the matrix products: bf16, fp16, fp8, fp32.")
@@ -192,8 +191,10 @@ def cost(as_json: bool, **asked: Any) -> None:
     click.echo(answer(as_json=as_json, **asked))
 
 
+verbs.add_command(parity)
 verbs.add_command(plan)
 verbs.add_command(validate)
+verbs.add_command(machines)
 verbs.add_command(probe)
 
 

@@ -1,10 +1,10 @@
-"""The verbs `plan`, `validate` and `probe`."""
+"""The verbs `plan`, `validate`, `machines` and `probe`."""
 
 from __future__ import annotations
 
 import json
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ import click
 
 if TYPE_CHECKING:
     from ridgeline.plan.cost import Rates
-    from ridgeline.plan.plan import Question
+    from ridgeline.plan.question import Question
     from ridgeline.run import Run
 
 
@@ -88,15 +88,14 @@ def plan(
     Example:
       ridgeline plan llama3-405b --on 16384xH100 --tokens 15T --batch 16M --seq 8192
     """
-    from ridgeline.plan import plan_text
-    from ridgeline.plan.amounts import count_of
+    from ridgeline.plan import explore, plan_text
     from ridgeline.plan.cost import Rates
     from ridgeline.plan.plan import plan as search
-    from ridgeline.plan.plan import with_own_layout
+    from ridgeline.plan.question import with_own_layout
 
     if failures is not None and (checkpoint is None or restart is None):
         raise click.UsageError("what --failures cost needs --checkpoint and --restart, in seconds")
-    sizes = [count_of(size, "devices", "1024") for size in scale.split(",")] if scale else []
+    sizes = _sizes(scale, weak)
     prices = Rates(
         price_per_hour=price_per_hour,
         currency=currency,
@@ -109,26 +108,46 @@ def plan(
     if run is not None:
         asked, own = with_own_layout(asked, run, machine)
     found = search(asked, top=top, rank=rank, layout=own)  # type: ignore[arg-type]
+    run_file = plan_text.run_of(found, run) if write else ""
+    best = found.layouts[0]
+    drawn = explore.draw_step(asked, best.layout, picture, trace) if picture or trace else ""
+    knobs = explore.sensitivity(asked) if sensitivity else None
+    points = explore.scaling(asked, sizes, weak) if sizes else []
     if write is not None:
-        write.write_text(plan_text.run_of(found, run), encoding="utf-8")
+        write.write_text(run_file, encoding="utf-8")
     if as_json:
-        click.echo(json.dumps(found.json(), indent=2, allow_nan=False))
+        told = found.json()
+        if explain:
+            told["ledger"] = best.ledger.model_dump(mode="json", exclude_none=True)
+        if knobs is not None:
+            told["sensitivity"] = asdict(knobs)
+        if sizes:
+            told["scaling"] = explore.json_of(points)
+        click.echo(json.dumps(told, indent=2, allow_nan=False))
         return
     click.echo(plan_text.table(found))
     if explain:
         click.echo(plan_text.explain(found))
-    if sensitivity or scale or picture or trace:
-        from ridgeline.plan import explore
+    if drawn:
+        click.echo(f"\n{drawn}")
+    if knobs is not None:
+        click.echo("\n" + explore.sensitivity_table(knobs))
+    if sizes:
+        click.echo("\n" + explore.table(points, sizes))
+    for path in (write, picture, trace):
+        if path is not None:
+            click.echo(f"wrote {path}")
 
-        if picture or trace:
-            best = found.layouts[0].layout
-            click.echo("\n" + explore.draw_step(asked, best, picture, trace))
-        if sensitivity:
-            click.echo("\n" + explore.sensitivity_table(explore.sensitivity(asked)))
-        if scale:
-            click.echo("\n" + explore.table(explore.scaling(asked, sizes, weak), sizes))
-    if write is not None:
-        click.echo(f"wrote {write}")
+
+def _sizes(scale: str | None, weak: bool) -> list[int]:
+    """The numbers of devices to plan on as well."""
+    from ridgeline.machine.cluster import MOST_DEVICES
+    from ridgeline.plan.amounts import count_of
+
+    if weak and not scale:
+        raise click.UsageError("--weak says how to scale; --scale 1024,2048 says to what")
+    listed = scale.split(",") if scale else []
+    return [count_of(size, "devices", "1024", MOST_DEVICES) for size in listed]
 
 
 def _question(
@@ -143,8 +162,8 @@ def _question(
 ) -> tuple[Question, Run | None]:
     """The question of a run file, or of a model's name on a machine."""
     from ridgeline.model.catalogue import entry
-    from ridgeline.plan.amounts import count_of
-    from ridgeline.plan.plan import question, question_of_run
+    from ridgeline.plan.amounts import MOST_BATCH, count_of
+    from ridgeline.plan.question import question, question_of_run
     from ridgeline.run import apply_overrides, make_run, read_run
 
     if not what.endswith(".toml"):
@@ -154,7 +173,7 @@ def _question(
             entry(what).shape,
             machine,
             tokens=count_of(tokens, "tokens") if tokens else None,
-            batch_tokens=count_of(batch, "batch") if batch else None,
+            batch_tokens=count_of(batch, "batch", "16M", MOST_BATCH) if batch else None,
             sequence=sequence,
             precision=precision,
             stack=stack,
@@ -163,7 +182,9 @@ def _question(
     run = read_run(what)
     changes = {
         "--budget.tokens": count_of(tokens, "tokens") if tokens else None,
-        "--schedule.global_batch_tokens": count_of(batch, "batch") if batch else None,
+        "--schedule.global_batch_tokens": (
+            count_of(batch, "batch", "16M", MOST_BATCH) if batch else None
+        ),
         "--data.sequence": sequence,
     }
     words = [f"{name}={value}" for name, value in changes.items() if value is not None]
@@ -199,13 +220,28 @@ def validate(files: tuple[Path, ...], as_json: bool, rows: bool) -> None:
 
 
 @click.command()
+@click.argument("name", required=False)
+def machines(name: str | None) -> None:
+    """List the catalogue of machines, or every number of one and how it is known.
+
+    \b
+    Example:
+      ridgeline machines Frontier
+    """
+    from ridgeline.plan.machine_text import describe, table
+
+    click.echo(describe(name) if name else table())
+
+
+@click.command()
 @click.option("--processes", help="Numbers of processes to measure with: 1,2,4.")
 @click.option("--output", type=NewFile(), help="File to write instead of the user's own.")
 def probe(processes: str | None, output: Path | None) -> None:
     """Measure this machine, within a minute, so that `local` can be planned on.
 
-    Matrix products by precision, memory, attention, dispatch, and gloo's collectives, with one
-    process and with as many as training starts. It should do nothing else meanwhile.
+    Matrix products and attention by precision, memory, gloo's collectives, and passes and updates
+    of a small model by the trainer's own program, with one process and with as many as training
+    starts. It should do nothing else meanwhile.
 
     \b
     Example:
@@ -215,22 +251,23 @@ def probe(processes: str | None, output: Path | None) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
-    from ridgeline.machine import probe as measure
     from ridgeline.machine.local import local_file
+    from ridgeline.machine.probe import Sizes, figures, write_machine
     from ridgeline.plan.amounts import count_of
+    from ridgeline.train.measure import measure, usual_processes
 
-    usual = measure.usual_processes()
-    counts = [count_of(n, "processes") for n in processes.split(",")] if processes else usual
-    sizes = measure.Sizes()
+    usual = usual_processes()
+    counts = [count_of(n, "processes", "2") for n in processes.split(",")] if processes else usual
+    sizes = Sizes()
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("probing", total=1.0)
-        found = measure.probe(
+        found = measure(
             counts, sizes, lambda what, share: bar.update(task, description=what, completed=share)
         )
     for each in found:
         click.echo(f"{each.processes} of these at a time, {each.threads} threads each")
-        for name, value in measure.figures(each, sizes):
+        for name, value in figures(each, sizes):
             click.echo(f"  {name:28} {value:>20}")
     file = output or local_file()
-    measure.write_machine(found, sizes, file)
+    write_machine(found, sizes, file)
     click.echo(f"wrote {file}")

@@ -419,7 +419,19 @@ def _teach(fault: ValidationError, where: str) -> RidgelineError:
             continue  # a field that is derived from one of the missing
         elif problem["type"] != "literal_error" or path != ["layout"]:
             lines.append(f"{name} = {problem['input']!r}: {problem['msg']}")
+            remedy = remedy or _nearest_value(name, problem["type"], problem.get("ctx", {}))
     return RunError(where, "; ".join(lines), remedy)
+
+
+def _nearest_value(name: str, kind: str, limits: Mapping[str, Any]) -> str:
+    """The closest value that a complaint of pydantic's leaves; empty where none is known."""
+    for limit, words in (("ge", "="), ("le", "="), ("gt", "above"), ("lt", "below")):
+        if limit in limits:
+            return f"{name} {words} {limits[limit]}"
+    if "expected" in limits:
+        return f"{name} = {limits['expected']}"
+    meant = {"int_type": "a whole number", "float_type": "a number", "finite_number": "a number"}
+    return f"{name} = {meant[kind]}" if kind in meant else ""
 
 
 def _fields_at(path: Sequence[str]) -> list[str]:

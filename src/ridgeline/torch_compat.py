@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# In-process store of a one-member group; re-exported by torch.distributed only conditionally.
-# Tested on 2.13.0.
-from torch._C._distributed_c10d import HashStore
+# In-process store of a one-member group, and the store behind env://; re-exported by
+# torch.distributed only conditionally. Tested on 2.13.0.
+from torch._C._distributed_c10d import HashStore, TCPStore
 from torch.distributed import ProcessGroup
 
 # FSDP2's replicate: DDP semantics on FSDP2's engine, with its mixed precision. Private path.
@@ -25,22 +25,28 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 # Backward in two halves, for the input and for the weights. Private path. Tested on 2.13.0.
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+# What DTensor remembers between calls. Private paths. Tested on 2.13.0.
+from torch.distributed.tensor import DTensor, Shard, _redistribute, distribute_tensor
+from torch.distributed.tensor._collective_utils import MeshTopoInfo
 
 # Which part of a DTensor is here. Private path. Tested on 2.13.0.
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.distributed.tensor.placement_types import Placement
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointPolicy
 
 __all__ = [
     "HashStore",
+    "TCPStore",
     "Unfilled",
     "all_to_all",
     "as_parameter_of",
     "attend_block",
     "attend_block_backward",
     "drop_gathered",
+    "forget_meshes",
     "keeps_in_selective",
     "local_offset",
     "local_part",
@@ -73,6 +79,17 @@ def shard(
     assert isinstance(module, FSDPModule)
     module.set_gradient_divide_factor(1.0)
     module.set_force_sum_reduction_for_comms(True)  # gloo has no average
+
+
+def forget_meshes() -> None:
+    """Drop what DTensor remembers of meshes whose process groups are gone.
+
+    A later mesh of the same ranks equals the earlier one, so its messages would go to groups that
+    were destroyed. Private names. Tested on 2.13.0.
+    """
+    _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
+    _redistribute._gen_transform_infos.cache_clear()
+    MeshTopoInfo.build_from_mesh.cache_clear()
 
 
 def unshard(module: nn.Module) -> None:

@@ -68,7 +68,11 @@ def test_devices_are_said_in_one_sentence(text: str, count: int, name: str) -> N
     ("text", "hint"),
     [
         ("H100", "8xH100"),
-        ("0xH100", "8xH100"),
+        ("0xH100", "1xH100"),
+        ("-5xH100", "1xH100"),
+        ("999999999999xH100", "10000000xH100"),
+        ("8xFrontie", "Frontier"),
+        ("8xSelena", "Selene"),
         ("8xH1000", "H100"),
         ("75272xFrontier", "75264xFrontier"),
         ("8xV100", "V100-SXM2-16GB"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -14,6 +15,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
+import ridgeline
 from ridgeline.cli import verbs
 from ridgeline.errors import MachineError, ModelError, PlanError
 from ridgeline.machine.cluster import Cluster, parse_devices
@@ -30,6 +32,8 @@ from ridgeline.plan.cost import (
     flops_6nd,
     training_s,
 )
+from ridgeline.plan.plan import plan
+from ridgeline.plan.question import question
 
 LLAMA = entry("llama3.1-405b").shape
 TOKENS = 15 * 10**12
@@ -234,6 +238,48 @@ def test_the_command_names_what_it_cannot_answer(
     arguments: list[str], error: type[Exception]
 ) -> None:
     assert isinstance(CliRunner().invoke(verbs, arguments).exception, error)
+
+
+def test_where_nothing_says_how_fast_the_planner_does() -> None:
+    found = ridgeline.cost("llama2-7b", 10**12, "64xA100")
+    asked = question(entry("llama2-7b").shape, "64xA100", tokens=10**12)
+    best = plan(asked, top=1).layouts[0]
+    assert found.mfu == best.mfu
+    assert found.train_s == pytest.approx(best.train_s)
+    assert found.notes[0].startswith(f"MFU as planned for the fastest layout, '{best.layout}'")
+    said = CliRunner().invoke(verbs, [*COMMAND[:2], "--tokens", "15T", "--on", "16384xH100"])
+    assert "MFU as planned" in said.output
+
+
+def test_a_run_that_hardly_moves_is_no_run() -> None:
+    _, cluster = h100()
+    rates = Rates(failures_per_device_hour=2e-5, checkpoint_s=10, restart_s=600_000)
+    with pytest.raises(PlanError, match="never ends") as caught:
+        cost(LLAMA, TOKENS, 16_384, cluster, mfu=0.4, rates=rates)
+    fewer = int(caught.value.remedy.split()[0])
+    goodput = cost(LLAMA, TOKENS, fewer, cluster, mfu=0.4, rates=rates).goodput
+    assert goodput is not None
+    assert goodput > 0.5
+
+
+@pytest.mark.parametrize(
+    ("text", "nearest"),
+    [("0", "1"), ("-5", "1"), ("1.4", "1"), ("2.6", "3"), ("1e300", "1e+18"), ("nan", "15T")],
+)
+def test_a_refused_count_names_the_nearest_that_is_not(text: str, nearest: str) -> None:
+    with pytest.raises(PlanError) as caught:
+        count_of(text, "tokens")
+    assert caught.value.remedy.startswith(nearest)
+
+
+@pytest.mark.parametrize(
+    ("rates", "nearest"),
+    [({"price_per_hour": -3}, "3"), ({"pue": 0.5}, "1"), ({"other_capital": 50}, "0.5")],
+)
+def test_a_refused_rate_names_the_nearest_that_is_not(rates: dict[str, Any], nearest: str) -> None:
+    with pytest.raises(PlanError) as caught:
+        Rates(**rates)
+    assert re.match(rf"{re.escape(nearest)}\b", caught.value.remedy)
 
 
 def test_experts_count_as_visited() -> None:

@@ -25,15 +25,15 @@ def test_175b_is_within_three_points_of_the_published_share(figures: dict[str, f
     assert figures["175b"] == pytest.approx(0.3614, abs=0.03)
 
 
-def test_1t_is_within_four_points_and_22b_within_five(figures: dict[str, float]) -> None:
+def test_1t_and_22b_are_within_five_points(figures: dict[str, float]) -> None:
     """Too fast both; the docs say so."""
-    assert figures["1t"] == pytest.approx(0.3196, abs=0.04)
+    assert figures["1t"] == pytest.approx(0.3196, abs=0.05)
     assert figures["22b"] == pytest.approx(0.3838, abs=0.05)
 
 
-def test_weak_scaling_is_nearly_free(figures: dict[str, float]) -> None:
-    assert figures["175b weak"] > 0.95
-    assert figures["1t weak"] > 0.95
+def test_weak_scaling_is_within_three_points_of_free(figures: dict[str, float]) -> None:
+    assert figures["175b weak"] == pytest.approx(1, abs=0.03)
+    assert figures["1t weak"] == pytest.approx(1, abs=0.03)
 
 
 def test_strong_scaling_costs_something(figures: dict[str, float]) -> None:

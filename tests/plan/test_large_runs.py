@@ -24,8 +24,8 @@ def bench() -> ModuleType:
 def test_llama_is_near_at_8192_tokens_and_too_slow_at_131072(bench: ModuleType) -> None:
     found = bench.llama()
     assert list(found) == list(bench.PUBLISHED)
-    assert found["8192 8192"] == pytest.approx(430, rel=0.02)
-    assert found["16384 8192"] == pytest.approx(400, rel=0.02)
+    assert found["8192 8192"] == pytest.approx(430, rel=0.03)
+    assert found["16384 8192"] == pytest.approx(400, rel=0.03)
     assert 0.8 * 380 < found["16384 131072"] < 380
 
 

@@ -14,8 +14,9 @@ from ridgeline.model.shape import ExpertShape, LatentAttentionShape, ModelShape
 from ridgeline.plan.block import block
 from ridgeline.plan.constants import calibration
 from ridgeline.plan.memory import layer_activations, memory
-from ridgeline.plan.plan import physics, plan, price, question
+from ridgeline.plan.plan import plan, price
 from ridgeline.plan.quantities import Array, Layouts, Rates, task_of
+from ridgeline.plan.question import physics, question
 from ridgeline.plan.step import layer_parameters
 
 ONE = np.array(1.0)

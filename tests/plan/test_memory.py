@@ -134,3 +134,19 @@ def test_earlier_stages_keep_more() -> None:
     activations = stage_memory(task, rates, one).activations
     assert np.all(np.diff(activations) < 0)
     assert activations[-1] / activations[0] == pytest.approx((1 * 8 + 1) / (2 * 8 + 7))
+
+
+def test_an_undivided_embedding_gradient_stands_on_the_first_stage_until_it_is_reduced() -> None:
+    """DTensor's gradient of an embedding is whole on every tensor rank: 128,256 x 16,384 in float32
+    are 7.8 GiB, of which the eighth that each rank owns is counted among the gradients."""
+    machine = parse_devices("512xH100")[1]
+    arrays = rates_of([machine], ["fsdp2"], ["bf16"], [False], calibration())
+    rates = Rates(**{k: np.asarray(v[0]) for k, v in arrays.__dict__.items()})
+    task = task_of(entry("llama3.1-405b").shape, 8192, 256)
+    whole = replace(task, whole_gradient=np.array(4.0))
+    for zero, more in ((1, 128_256 * 16_384 * 4 * 7 / 8), (2, 0.0)):
+        layouts = Layouts.of([Layout.model_validate(f"dp8 tp8 pp8 mb4 zero{zero} full")])
+        for stages in (memory, stage_memory):
+            without, with_it = (stages(each, rates, layouts).temporary for each in (task, whole))
+            assert (with_it - without)[0] == pytest.approx(more)
+            assert (with_it - without)[1:] == pytest.approx(0)

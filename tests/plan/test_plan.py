@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,7 +17,9 @@ from ridgeline.errors import LayoutError, MachineError, ModelError, PlanError
 from ridgeline.layout.arithmetic import check
 from ridgeline.layout.layout import Layout
 from ridgeline.model.catalogue import entry
-from ridgeline.plan.plan import Plan, plan, price, question
+from ridgeline.plan.plan import Plan, plan, price
+from ridgeline.plan.question import question
+from ridgeline.plan.space import space
 from ridgeline.run import read_run
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.toml"))
@@ -88,6 +91,57 @@ def test_failures_lengthen_the_run() -> None:
     assert slow["step_s"] == plain["step_s"]
 
 
+def test_the_table_says_what_its_days_count() -> None:
+    words = ["plan", "llama2-7b", "--top", "1", "--on"]
+    plain = CliRunner().invoke(verbs, [*words, "16xA100"]).output
+    assert "without failures; not known: failure rate, checkpoint seconds" in plain
+    saved = ["--checkpoint", "60", "--restart", "600"]
+    failing = CliRunner().invoke(verbs, [*words, "64xLlama 3 cluster", *saved]).output
+    assert "goodput 9" in failing
+    assert "a checkpoint every" in failing
+
+
+def test_energy_is_ranked_over_the_whole_space() -> None:
+    """No layout that fits burns less than the first, though it need not be among the fastest."""
+    asked = question(entry("gpt2-xl").shape, "16xA100", tokens=10**10, batch_tokens=2**19)
+    found = plan(asked, top=3, rank="energy")
+    burnt = [each.energy_j for each in found.layouts if each.energy_j is not None]
+    assert len(burnt) == 3
+    assert burnt == sorted(burnt)
+    everything = space(asked.shape, asked.sequence, asked.global_batch, asked.devices)
+    layouts = [
+        rows.layout(row, "bf16") for rows in everything.chunks() for row in range(0, rows.count, 97)
+    ]
+    others = [each.energy_j for each in price(asked, layouts) if each.fits and each.energy_j]
+    assert len(others) > 100
+    assert min(others) >= burnt[0] * (1 - 1e-6)
+
+
+def test_the_runner_ups_terms_add_up_to_what_it_takes_more() -> None:
+    words = ["plan", "llama2-7b", "--on", "64xA100", "--explain", "--rank"]
+    for rank in ("time", "energy"):
+        said = CliRunner().invoke(verbs, [*words, rank]).output
+        head, _, terms = said.partition("the runner-up, ")
+        more = float(re.findall(r"takes (\S+) s a step", terms)[0])
+        parts = [float(value) for value in re.findall(r"^  [a-z ]+ ([+-]\S+) s$", terms, re.M)]
+        assert sum(parts) == pytest.approx(more, abs=0.02 * max(map(abs, parts)))
+        assert ("burns" in terms) == (rank == "energy")
+        assert "arXiv:2205.05198" in head  # every term has its source
+
+
+def test_the_nearest_change_of_a_layout_that_does_not_fit_is_shown() -> None:
+    asked = question(entry("llama2-7b").shape, "16xA100", batch_tokens=2**20, sequence=4096)
+    own = Layout.model_validate("dp16 mb4 zero1 bf16")
+    found = plan(asked, layout=own)
+    assert found.asked is not None and not found.asked.fits
+    near = found.asked_fitting
+    assert near is not None and near.fits
+    same = {"micro_batch": own.micro_batch, "zero": own.zero, "recompute": own.recompute}
+    assert near.layout.model_copy(update=same) == own
+    changed = [name for name, value in same.items() if getattr(near.layout, name) != value]
+    assert len(changed) == 1
+
+
 def test_given_layouts_are_priced_even_where_they_do_not_fit() -> None:
     asked = question(entry("llama2-70b").shape, "8xA100", batch_tokens=2**20)
     (each,) = price(asked, [Layout.model_validate("dp8 mb1 bf16")])
@@ -138,8 +192,12 @@ def test_a_run_that_nothing_divides_is_refused() -> None:
         (["llama2-7b", "--on", "0xA100"], MachineError),
         (["llama2-7b", "--on", "nanxA100"], MachineError),
         (["llama2-7b", "--on", "1000000xFrontier"], MachineError),
-        (["llama2-7b", "--on", "99999999999xA100"], LayoutError),
+        (["llama2-7b", "--on", "99999999999xA100"], MachineError),
+        (["llama2-7b", "--on", "9999991xA100"], LayoutError),
         (["llama2-7b", "--on", "8xA100", "--scale", "0"], PlanError),
+        (["llama2-7b", "--on", "8xA100", "--scale", "1e17"], PlanError),
+        (["llama2-7b", "--on", "8xB200", "--precision", "nvfp4"], PlanError),
+        (["llama2-7b", "--on", "8xA100", "--price-per-hour", "1e308"], PlanError),
         (["llama2-7b", "--on", "8xA100", "--rank", "money"], PlanError),
         (["llama2-7b", "--on", "8xA100", "--price-per-hour", "-2"], PlanError),
         (["llama2-7b", "--on", "8xA100", "--checkpoint", "inf"], PlanError),
@@ -163,6 +221,7 @@ def test_impossible_questions_are_named_errors(words: list[str], named: type[Exc
         ["llama2-7b", "--on", "8xA100", "--seq", "0"],
         ["llama2-7b", "--on", "8xA100", "--rank", "beauty"],
         ["llama2-7b", "--on", "8xA100", "--failures", "1e-4"],
+        ["llama2-7b", "--on", "8xA100", "--weak"],
         ["llama2-7b", "--on", "8xA100", "--picture", "no/such/folder/step.svg"],
         ["llama2-7b", "--on", "8xA100", "--trace", "no/such/folder/step.json"],
         ["llama2-7b", "--on", "8xA100", "--write", "no/such/folder/run.toml"],
@@ -214,7 +273,8 @@ def test_every_example_is_planned_and_its_own_layout_priced(path: Path) -> None:
     assert own["layout"] == str(priced)
     if priced != run.layout:
         assert found["assumed"] == [
-            f"the run's own layout, '{run.layout}', is priced as '{priced}'"
+            f"the run's own layout, '{run.layout}', is priced as '{priced}': "
+            "the order of the axes and etp are not priced"
         ]
     assert own["step_s"] > 0
     assert own["fits"] == (own["memory_bytes"] <= 0.95 * own["capacity_bytes"])

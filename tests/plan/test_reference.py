@@ -88,7 +88,7 @@ class Plain:
         }[layout.recompute]
         redo = again[0] * matrix + again[1] * attention + again[2] * element
         full = layout.recompute == "full"
-        host = r["host"] * (1 + self.shared.host_growth * math.log2(tensor))
+        host = r["host"] * (1 + self.shared.host_growth * (tensor > 1))
         one = matrix + attention + element
         two = 2 * (matrix + element) + self.shared.attention_backward * attention
 
@@ -176,7 +176,7 @@ class Plain:
             sends = 2 * micro_batches * v * (latency + message / rate)
         total = busy + data + optimizer + sends
         nodes = max(layout.world / r["node_ranks"], 1)
-        return total * (1 + self.shared.jitter * math.log2(nodes))
+        return total * (1 + self.shared.jitter * math.sqrt(2 * math.log(nodes)))
 
     def bytes(self) -> float:
         """Memory of the fullest device."""

@@ -8,8 +8,9 @@ from ridgeline.layout.layout import Layout
 from ridgeline.layout.schedules import pipeline_schedule
 from ridgeline.ledger import SentBytes
 from ridgeline.model.catalogue import entry
-from ridgeline.plan.plan import price, question
+from ridgeline.plan.plan import price
 from ridgeline.plan.quantities import Layouts, task_of
+from ridgeline.plan.question import question
 from ridgeline.plan.sent import sent
 
 

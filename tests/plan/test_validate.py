@@ -12,6 +12,7 @@ from ridgeline.cli import verbs
 from ridgeline.errors import SourceError
 from ridgeline.plan.cases import read_cases
 from ridgeline.plan.constants import DeviceConstants, calibration, names_of
+from ridgeline.plan.memory import FRAGMENTATION
 from ridgeline.plan.validate import summary, validate
 
 LUMI = Path(__file__).parent / "lumi.csv"
@@ -112,8 +113,25 @@ def test_what_is_given_is_not_assumed(tmp_path: Path) -> None:
     known = calibration()
     bare = read_cases([csv_of(tmp_path, recompute="", precision="")], known).rows[0]
     assert {"recompute none", "precision bf16"} <= set(bare.assumed)
-    said = csv_of(tmp_path, stack="megatron-deepspeed", vocab="50000", sequence_parallel="y")
+    assert {"gated n", "tied y", "cluster Frontier"} <= set(bare.assumed)
+    said = csv_of(
+        tmp_path, stack="megatron-deepspeed", vocab="50000", sequence_parallel="y", gated="n",
+        tied="y", cluster="LUMI", schedule="1f1b",
+    )  # fmt: skip
     assert read_cases([said], known).rows[0].assumed == ()
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> None:
+    path = csv_of(tmp_path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert len(validate([path]).outcomes) == 1
+
+
+@pytest.mark.parametrize("hidden", ["1e30", "nan", "-5", "inf"])
+def test_absurd_numbers_are_skipped_with_the_reason(tmp_path: Path, hidden: str) -> None:
+    found = validate([csv_of(tmp_path, hidden=hidden)])
+    assert not found.outcomes
+    assert "not a quantity" in found.skipped[0][1]
 
 
 def test_the_source_is_never_read_for_an_assumption(tmp_path: Path) -> None:
@@ -192,3 +210,47 @@ def test_a_schedule_may_be_called_by_its_other_names(tmp_path: Path) -> None:
     for name, code in (("Interleaved1F1B", 0), ("GPipe", 1), ("ZBVZeroBubble", 4)):
         path.write_text(f"{head},schedule\n{row},{name}\n", encoding="utf-8")
         assert read_cases([path], calibration()).rows[0].numbers["schedule"] == code
+
+
+def test_ports_are_those_that_a_rows_notes_name(tmp_path: Path) -> None:
+    known = calibration()
+    told = csv_of(tmp_path, notes="inter-node 400 Gbps; 1F1B")
+    (row,) = read_cases([told], known).rows
+    assert row.cluster.network.node_bandwidth == 50e9
+    slower = validate([told]).outcomes[0].predicted_s
+    assert slower > validate([csv_of(tmp_path)]).outcomes[0].predicted_s
+    head, line = told.read_text(encoding="utf-8").splitlines()
+    told.write_text(
+        f"{head},cluster\n{line.replace('1F1B', 'inter-node 400 Gbps')},LUMI\n", encoding="utf-8"
+    )
+    assert read_cases([told], known).rows[0].cluster.network.node_bandwidth == 100e9
+
+
+@pytest.mark.parametrize(("precision", "width"), [("bf16", 4), ("fp16", 2), ("fp32", 4)])
+def test_megatron_deepspeed_reduces_gradients_of_bf16_in_float32(
+    tmp_path: Path, precision: str, width: float
+) -> None:
+    """Megatron-LM accumulates and reduces gradients in float32 wherever it trains in bf16."""
+    changes = {"precision": precision, "stack": "megatron-deepspeed"}
+    numbers = read_cases([csv_of(tmp_path, **changes)], calibration()).rows[0].numbers
+    assert numbers["reduce_bytes"] == numbers["gradient_bytes"] == width
+
+
+def test_published_memory_is_what_was_reserved_unless_it_says_allocated(tmp_path: Path) -> None:
+    reserved = validate([csv_of(tmp_path, memory_gb="50")]).outcomes[0].memory_bytes
+    path = csv_of(tmp_path, memory_gb="50", notes="memory = peak allocated")
+    allocated = validate([path]).outcomes[0].memory_bytes
+    assert reserved / allocated == pytest.approx(1 + FRAGMENTATION)
+
+
+def test_rowwise_fp8_pays_for_conversion_and_gains_nothing(tmp_path: Path) -> None:
+    """Slower than bf16, and tensorwise fp8 is faster."""
+    device = {"device": "H100-SXM-80GB", "devices": "128"}
+    seconds = [
+        validate([csv_of(tmp_path, **device, precision=precision, notes=notes)])
+        .outcomes[0]
+        .predicted_s
+        for precision, notes in (("fp8", "tensorwise"), ("bf16", ""), ("fp8", "rowwise"))
+    ]
+    assert seconds == sorted(seconds)
+    assert len(set(seconds)) == 3

@@ -6,7 +6,10 @@ as two groups of two. Axes: B batch, L the sequence, N query heads, K key/value 
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -122,8 +125,13 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
     """Of each case, by rank, the largest difference of each result."""
     folder = tmp_path_factory.mktemp("context")
     words = [sys.executable, __file__, str(folder)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 0, done.stderr
+    script = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        _, said = script.communicate(timeout=120)
+        assert script.returncode == 0, said
+    finally:  # with its four processes, should they hang
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(script.pid, signal.SIGKILL)
     ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]
     cases = map(str, EQUAL + BF16 + MISPLACED)
     return {case: [dict(zip(NAMES, by[case], strict=True)) for by in ranks] for case in cases}

@@ -118,7 +118,7 @@ def _guarded(
     function: Callable[..., Any], arguments: tuple[Any, ...], stop: StopFlag, faults: Path
 ) -> Any:
     """Call `function` in a worker; a RidgelineError is left for the parent to raise again."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     try:
         return function(*arguments, stop)
     except errors.RidgelineError as error:
@@ -129,7 +129,7 @@ def _guarded(
         raise SystemExit(error.exit_status) from None
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """End this process at once when the one that started it dies.
 
     Otherwise workers of a killed command would train on unseen, into a folder that the next

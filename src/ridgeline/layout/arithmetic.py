@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ridgeline.errors import LayoutError
+from ridgeline.layout.context import positions_of
 from ridgeline.layout.layout import Layout
 from ridgeline.model.shape import ModelShape
 
@@ -61,13 +62,7 @@ def _check_tensor_and_context(layout: Layout, shape: ModelShape, sequence: int) 
                 f"tp divides the {what}: {number} is not a multiple of {layout.tensor}",
                 f"tp{_near(number, layout.tensor)}",
             )
-    if sequence % layout.context:
-        longer = -(-sequence // layout.context) * layout.context
-        raise LayoutError(
-            f"cp{layout.context} with sequences of {sequence} tokens",
-            f"cp divides the sequence: {sequence} is not a multiple of {layout.context}",
-            f"a sequence of {longer}, or cp{_near(sequence, layout.context)}",
-        )
+    positions_of(layout, shape, sequence, 0)  # raises where context ranks cannot divide it
 
 
 def _check_pipeline(layout: Layout, shape: ModelShape, micro_batches: int) -> None:

@@ -20,6 +20,9 @@ from ridgeline.machine.local import (
     unreadable,
 )
 
+MOST_DEVICES = 10_000_000
+"""More than any machine has by far: a count above it is a slip, not a question."""
+
 
 @dataclass(frozen=True)
 class Node:
@@ -44,6 +47,9 @@ class Network:
     """Devices within which the network has full bisection; None: all."""
     oversubscription: float = 1.0
     """Beyond a pod each port has its rate divided by this."""
+    topology: str | None = None
+    """How nodes are joined: dragonfly, fat tree, rail, torus. What that costs is in the other
+    fields: a ring's neighbours share a port alike in all of them, until a pod is oversubscribed."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,11 @@ def full_device_name(name: str) -> str:
         raise MachineError(
             f"device {name!r}", f"it could be {' or '.join(begins)}", f"{begins[0]} in full"
         )
-    return device(name).name
+    raise MachineError(
+        f"device or machine {name!r}",
+        "it is not in the catalogue",
+        nearest(name, [*known, *_clusters()[0]]),
+    )
 
 
 def parse_devices(text: str) -> tuple[int, Cluster]:
@@ -122,13 +132,19 @@ def parse_devices(text: str) -> tuple[int, Cluster]:
     """
     if text.strip() == LOCAL:
         text = f"{local_processes()}x{LOCAL}"
-    match = re.fullmatch(r"([\d_,]{1,15})\s*[x×*]\s*(.+)", text.strip())
-    count = int(re.sub(r"[_,]", "", match[1]) or 0) if match else 0
-    if match is None or count < 1:
+    match = re.fullmatch(r"(-?[\d_,]{1,30})\s*[x×*]\s*(.+)", text.strip())
+    if match is None or not re.search(r"\d", match[1]):
         raise MachineError(
             f"machine {text!r}", "a machine is a number of devices and their name",
             "8xH100-SXM-80GB, 3072xFrontier",
         )  # fmt: skip
+    count = int(re.sub(r"[_,]", "", match[1]))
+    if not 1 <= count <= MOST_DEVICES:
+        raise MachineError(
+            f"{count:,} devices",
+            f"a machine has from 1 to {MOST_DEVICES:,} devices",
+            f"{min(max(count, 1), MOST_DEVICES)}x{match[2].strip()}",
+        )
     if is_local(match[2].strip()):
         if match[2].strip() not in (LOCAL, local_name(count)):
             raise MachineError(
@@ -168,6 +184,7 @@ def _cluster(name: str, row: dict[str, Any]) -> Cluster:
             numbers["nic_gb_s"] * 1e9,
             numbers.get("pod_devices"),
             numbers.get("oversubscription", 1.0),
+            numbers.get("topology"),
         ),
         nodes=numbers.get("nodes"),
         source=row["source"],

@@ -20,6 +20,20 @@ PROBED_HEAD_DIM = 64
 
 
 @dataclass(frozen=True)
+class Decoder:
+    """The small Llama, of heads PROBED_HEAD_DIM wide, whose passes `ridgeline probe` timed."""
+
+    rows: tuple[int, int]
+    """Tokens of a small and a large micro-batch."""
+    hidden: int
+    heads: int
+    inner: int
+    """Width within the gated MLP."""
+    vocab: int
+    sequence: int
+
+
+@dataclass(frozen=True)
 class Effective:
     """What a device reaches in one precision, as `ridgeline probe` measures it."""
 
@@ -30,10 +44,14 @@ class Effective:
     attention_flops: float
     """FLOP/s of causal fused attention over long sequences at PROBED_HEAD_DIM, forward and
     backward, counted as three times the forward pass over half of the square."""
-    traffic: float
-    """Time of element-wise work over that of moving its fewest bytes through memory."""
-    host_s: float
-    """Seconds of dispatching the operations of one layer, forward and backward."""
+    decoder: Decoder
+    """What the times below are of."""
+    layer_s: tuple[float, float]
+    """Seconds of one of its layers, forward and backward, with few rows and many."""
+    ends_s: float
+    """Seconds of its embedding, head and loss, forward and backward, with many rows."""
+    update_s: float
+    """Seconds per parameter of clipping, updating and zeroing, once per step."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +71,7 @@ class Device:
     idle_w: float | None = None
     """Power of an idle device."""
     origins: dict[str, str] = field(default_factory=dict)
-    """How each number is known: read, measured or assumed."""
+    """How each number is known: read, measured or assumed; all peaks as `peak_tflops`."""
     effective: dict[str, Effective] = field(default_factory=dict)
     """By precision; empty in the catalogue: only `ridgeline probe` measures it."""
 
@@ -71,7 +89,7 @@ def device(name: str) -> Device:
     if is_local(name):
         row = local_row("devices", name)
         try:
-            return _device(name, row)
+            return _device(name, row | {"peaks": "measured"})
         except (KeyError, TypeError, ValueError, AttributeError) as fault:
             raise unreadable(name, fault) from None
     if name == "MI250X":
@@ -129,15 +147,22 @@ def _device(name: str, row: dict[str, Any]) -> Device:
         memory_bandwidth=None if bandwidth is None else bandwidth * 1e12,
         power_w=numbers.get("power_w"),
         idle_w=numbers.get("idle_w"),
-        origins=origins,
+        origins={"peak_tflops": row.get("peaks", "read"), **origins},
         effective={
             precision: Effective(
                 matrix_flops=told["matrix_tflops"] * 1e12,
                 edge=told["edge"],
                 attention_flops=told["attention_tflops"] * 1e12,
-                traffic=told["traffic"],
-                host_s=told["host_s"],
+                decoder=Decoder(**row["decoder"] | {"rows": _pair(row["decoder"]["rows"])}),
+                layer_s=_pair(told["layer_s"]),
+                ends_s=told["ends_s"],
+                update_s=told["update_s"],
             )
             for precision, told in row.get("effective", {}).items()
         },
     )
+
+
+def _pair(values: list[Any]) -> tuple[Any, Any]:
+    few, many = values
+    return few, many

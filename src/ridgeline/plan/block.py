@@ -18,10 +18,6 @@ from ridgeline.plan.quantities import Array, Layouts, Rates, Table, Task
 
 FORWARD_HOST, RECOMPUTE_HOST, BACKWARD_HOST = 0.28, 0.28, 0.44
 """Shares of the host's work per layer (assumed: counted in launched kernels)."""
-LOSS_BYTES = 12
-"""Bytes per logit of a fused loss: 16-bit logits and gradient, a float32 copy (assumed)."""
-SMOOTH = 3.0
-"""Exponent of the power mean that joins device and host time (assumed)."""
 
 
 @dataclass(frozen=True)
@@ -218,12 +214,12 @@ def block(task: Task, rates: Rates, shared: Shared, keys: Layouts) -> Block:
     # Megatron's fused softmax needs micro-batch · heads per rank to be a multiple of four; the
     # operations that stand in for it are launched one by one
     split = (task.flash == 0) & ((keys.micro_batch * task.heads / tensor) % 4 != 0)
-    host = rates.host * (1 + shared.host_growth * np.log2(tensor))
+    host = rates.host * (1 + shared.host_growth * (tensor > 1))
     host = host * np.where(split, shared.softmax_fallback, 1.0)
-    forward = _floor(busy_forward + tensor_pass + context + exchange, FORWARD_HOST * host)
-    again = _floor(redo + redo_wait, np.where(full, RECOMPUTE_HOST * host, 0.0))
+    forward = _floor(rates, busy_forward + tensor_pass + context + exchange, FORWARD_HOST * host)
+    again = _floor(rates, redo + redo_wait, np.where(full, RECOMPUTE_HOST * host, 0.0))
     wait_backward = tensor_pass + 2 * context + exchange
-    backward = _floor(busy_backward + wait_backward, BACKWARD_HOST * host)
+    backward = _floor(rates, busy_backward + wait_backward, BACKWARD_HOST * host)
     times = passes(keys)
     return Block(
         forward=forward,
@@ -233,7 +229,7 @@ def block(task: Task, rates: Rates, shared: Shared, keys: Layouts) -> Block:
         context=(times + 1) * context,
         expert=times * exchange,
         weight_gradient=matrix,
-        head=_floor(_head(task, rates, keys, rows), shared.head_host * rates.host),
+        head=_floor(rates, _head(task, rates, keys, rows), shared.head_host * rates.host),
     )
 
 
@@ -243,9 +239,9 @@ def _head(task: Task, rates: Rates, keys: Layouts, rows: Array) -> Array:
     edge = rates.edge
     saturation = (1 + edge / rows) * (1 + edge / width) * (1 + edge / task.hidden)
     product = 2 * rows * width * task.hidden * saturation / rates.matrix_16
-    return 3 * product + rows * width * LOSS_BYTES * rates.traffic / rates.memory
+    return 3 * product + rows * width * task.loss_bytes * rates.loss_traffic / rates.memory
 
 
-def _floor(device: Array, host: Array) -> Array:
+def _floor(rates: Rates, device: Array, host: Array) -> Array:
     """Power mean of device and host time: the larger, and a little more where they are close."""
-    return (device**SMOOTH + host**SMOOTH) ** (1 / SMOOTH)
+    return (device**rates.join + host**rates.join) ** (1 / rates.join)

@@ -18,12 +18,15 @@ The assumptions, each from the other columns and never from `source`:
   2022 or later.
 - fp8 whose notes say "rowwise" runs its products at the 16-bit rate, as published tables have it.
 - compiled, asynchronous tensor parallelism: where the notes say so; megatron-core is fused.
+- ports of a node: where no cluster is named, as the notes say ("inter-node 800 Gbps").
+- gradients: megatron-deepspeed accumulates and reduces them in float32 where it trains in bf16, as
+  Megatron-LM insists, in 16 bits where it trains in fp16; megatron-core and fsdp1 reduce 16 bits.
+- memory: what the allocator had reserved, or where the notes say so, what was allocated.
 """
 
 from __future__ import annotations
 
 import csv
-import math
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,10 +35,19 @@ import numpy as np
 
 from ridgeline.errors import RidgelineError, SourceError
 from ridgeline.machine.cluster import Cluster, cluster, clusters
+from ridgeline.plan.amounts import MOST
 from ridgeline.plan.block import block
-from ridgeline.plan.constants import Constants, one, peak, rates_of
+from ridgeline.plan.constants import CAST_BYTES, NARROW, Constants, one, peak, rates_of
 from ridgeline.plan.memory import Memory, memory
-from ridgeline.plan.quantities import RECOMPUTES, SCHEDULES, Array, Layouts, Rates, Task
+from ridgeline.plan.quantities import (
+    FUSED_LOSS_BYTES,
+    RECOMPUTES,
+    SCHEDULES,
+    Array,
+    Layouts,
+    Rates,
+    Task,
+)
 from ridgeline.plan.step import Step, step
 
 COLUMNS = ("id", "source", "model", "layers", "hidden", "heads", "seq_len", "device", "devices")
@@ -58,6 +70,9 @@ SCHEDULE_NAMES = {
     "interleavedzerobubble": "izb", "zbvzerobubble": "zbv", "zb-v": "zbv",
 }  # fmt: skip
 """What others call the schedules."""
+UNFUSED_LOSS_BYTES = 52
+"""Traffic per logit of Megatron-LM's vocabulary-parallel loss of 2021, by its passes: to float32 6,
+maximum 4, less it 8, exponential 8, sum 4, quotient 8, times the gradient 8, back to 16 bits 6."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +95,8 @@ class Case:
     """Fields of Task and Layouts."""
     step_s: float | None
     memory_bytes: float | None
+    allocated: bool
+    """Whether that counts what tensors hold, not what the allocator has reserved for them."""
     assumed: tuple[str, ...] = ()
 
 
@@ -111,7 +128,7 @@ class _NotExpressible(Exception):  # noqa: N818 - a verdict about a row
 
 def _rows_of(path: Path) -> list[dict[str, str]]:
     try:
-        lines = list(csv.reader(path.read_text(encoding="utf-8").splitlines()))
+        lines = list(csv.reader(path.read_text(encoding="utf-8-sig").splitlines()))
     except (OSError, UnicodeDecodeError) as fault:
         raise SourceError(f"cases {path}", f"it cannot be read: {fault}", "a CSV file") from None
     if not lines:
@@ -177,9 +194,11 @@ def case_of(row: dict[str, str], known: Constants) -> Case:
         "dropout": float(old),
         "master_bytes": 8.0 if wide else 12.0,
         "weight_bytes": 4.0 if wide else 2.0,
-        "gradient_bytes": 2.0 if (old and not wide) or "PURE" in notes else 4.0,
-        "reduce_bytes": 4.0 if wide or stack == "fsdp2" else 2.0,
-        "logit_bytes": 14.0 if "fsdp" in stack else 10.0,
+        "gradient_bytes": 2.0 if (old and precision == "fp16") or "PURE" in notes else 4.0,
+        "reduce_bytes": 4.0 if wide or stack == "fsdp2" or (old and precision == "bf16") else 2.0,
+        "logit_bytes": _logit_bytes(stack, layout["tensor"]),
+        "loss_bytes": float(UNFUSED_LOSS_BYTES if old else FUSED_LOSS_BYTES),
+        "whole_gradient": 4.0 if stack == "fsdp2" else 0.0,
     }
     return Case(
         id=row["id"],
@@ -196,8 +215,20 @@ def case_of(row: dict[str, str], known: Constants) -> Case:
         numbers=shape | layout | kept,
         step_s=_number(row.get("step_s", "")),
         memory_bytes=_times(_number(row.get("memory_gb", "")), 2.0**30),
+        allocated="allocated" in notes,
         assumed=tuple(assumed),
     )
+
+
+def _logit_bytes(stack: str, tensor: float) -> float:
+    """Memory per logit of a stack's loss, at its peak.
+
+    PyTorch's parallel loss has four float32 tensors in its backward pass: the logarithms, their
+    exponentials, the gradient before and after; its ordinary one has three and 16-bit logits.
+    """
+    if "fsdp" not in stack:
+        return 10.0
+    return 16.0 if stack == "fsdp2" and tensor > 1 else 14.0
 
 
 def _shape(row: dict[str, str], assumed: list[str]) -> dict[str, float]:
@@ -211,9 +242,17 @@ def _shape(row: dict[str, str], assumed: list[str]) -> dict[str, float]:
         vocab = 51200.0
         assumed.append("vocab 51200")
     gated = _flag(row.get("gated", ""))
-    gated = ffn != 4.0 * hidden if gated is None else gated
+    if gated is None:
+        gated = ffn != 4.0 * hidden
+        assumed.append(f"gated {'y' if gated else 'n'}")
     tied = _flag(row.get("tied", ""))
-    tied = not gated and vocab < 100_000 if tied is None else tied
+    if tied is None:
+        tied = not gated and vocab < 100_000
+        assumed.append(f"tied {'y' if tied else 'n'}")
+    kv_heads = _number(row.get("kv_heads", ""))
+    if not kv_heads:
+        kv_heads = float(heads)
+        assumed.append(f"kv_heads {heads}")
     experts = _number(row.get("experts", "")) or 0.0
     if re.search(r"MoE|DeepSeek|Mixtral", row.get("model", "")) and not experts:
         raise _NotExpressible("a mixture of experts without the columns experts and top_k")
@@ -221,7 +260,7 @@ def _shape(row: dict[str, str], assumed: list[str]) -> dict[str, float]:
         "layers": layers,
         "hidden": hidden,
         "heads": heads,
-        "kv_heads": _number(row.get("kv_heads", "")) or heads,
+        "kv_heads": kv_heads,
         "head_dim": hidden / heads,
         "value_dim": hidden / heads,
         "query_rank": 0.0,
@@ -245,7 +284,12 @@ def _machine(row: dict[str, str], assumed: list[str]) -> Cluster:
     """The named cluster if it is known and has the row's device, else the device's usual one."""
     usual = cluster(row["device"].strip())
     named = row.get("cluster", "").strip()
+    told = re.search(r"(?:inter|multi)-node (\d+) Gbps", row.get("notes", ""))
+    if told and not named:
+        ports = replace(usual.network, node_bandwidth=float(told[1]) * 1e9 / 8)
+        usual = replace(usual, name=f"{usual.name}, {told[1]} Gbit/s a node", network=ports)
     if not named:
+        assumed.append(f"cluster {usual.name}")
         return usual
     found = clusters().get(named)
     if found is None or found.device != usual.device:
@@ -315,7 +359,11 @@ def _layout(
         assumed.append("recompute none")
     if recompute not in RECOMPUTES:
         raise _NotExpressible(f"recompute {recompute!r} is none of {', '.join(RECOMPUTES)}")
-    schedule = row.get("schedule", "").strip().lower() or "1f1b"
+    schedule = row.get("schedule", "").strip().lower()
+    if not schedule:
+        schedule = "1f1b"
+        if pipeline > 1:
+            assumed.append("schedule 1f1b")
     schedule = SCHEDULE_NAMES.get(schedule, schedule)
     if schedule not in SCHEDULES:
         raise _NotExpressible(f"schedule {schedule!r} is none of {', '.join(SCHEDULES)}")
@@ -402,7 +450,10 @@ def rates_of_cases(rows: list[Case], known: Constants) -> Rates:
     exposed = np.where(overlap, np.minimum(core, rates.tensor_exposed), rates.tensor_exposed)
     where = {kind: index for index, kind in enumerate(unique)}
     picked = np.array([where[kind] for kind in kinds], dtype=np.intp)
-    return replace(rates, tensor_exposed=exposed).take(picked)
+    picked_rates = replace(rates, tensor_exposed=exposed).take(picked)
+    # rowwise fp8 reaches the 16-bit rate only, and converts all the same
+    narrow = np.array([row.precision in NARROW for row in rows])
+    return replace(picked_rates, cast=np.where(narrow, CAST_BYTES, 0.0))
 
 
 def predict(rows: list[Case], known: Constants) -> Step:
@@ -434,8 +485,8 @@ def _number(text: str) -> float | None:
         value = float(text)
     except ValueError:
         raise _NotExpressible(f"{text!r} is not a number") from None
-    if not math.isfinite(value) or value < 0:
-        raise _NotExpressible(f"{text} is not a quantity")
+    if not 0 <= value <= MOST:  # NaN compares false
+        raise _NotExpressible(f"{text} is not a quantity from 0 to {MOST:g}")
     return value
 
 

@@ -19,6 +19,10 @@ from ridgeline.machine.cluster import Cluster
 from ridgeline.plan.quantities import Array, Rates
 
 FILES = ("devices", "stacks", "shared")
+JOIN = 3.0
+"""Exponent of the power mean that joins a device's time and its host's (assumed)."""
+OPTIMIZER_BYTES = 32
+"""Read and written per owned parameter: gradient, master, two moments, weight."""
 STACKS = ("megatron-deepspeed", "megatron-core", "fsdp1", "fsdp2", "ridgeline")
 
 
@@ -79,14 +83,14 @@ class Shared:
     head_host: float
     """Host's work on embedding, head and loss per micro-batch, in layers' worth."""
     host_growth: float
-    """Growth of the host's work per doubling of tensor parallelism."""
+    """Growth of the host's work by the launch of tensor ranks' collectives, however many ranks."""
     link_latency: float
     port_latency: float
     """Seconds per hop of a ring within a node, and between nodes."""
     compiled: float
     """Element-wise traffic of a compiled FSDP2 program over the eager one."""
     jitter: float
-    """Slowing per doubling of nodes: the slowest of many."""
+    """Scatter of a node's step, of which n nodes wait for the slowest: sqrt(2·ln n) times it."""
 
 
 @dataclass(frozen=True)
@@ -158,16 +162,17 @@ def rates_of(
     links = array([c.node.links[-1][1] for c in clusters]) * array([d.link for d in devices])
     near = array([c.node.links[0][1] for c in clusters]) * array([d.link for d in devices])
     ports = array([c.network.node_bandwidth / c.node.devices for c in clusters])
+    memory = array([(c.device.memory_bandwidth or np.nan) for c in clusters])
+    memory = memory * array([d.memory for d in devices])
     return Rates(
         peak=at,
         matrix=at * share,
         matrix_16=peak_16 * array([d.matrix for d in devices]),
-        cast=array([3.0 if p in NARROW else 0.0 for p in precisions]),
+        cast=array([CAST_BYTES if p in NARROW else 0.0 for p in precisions]),
         edge=array([d.edge for d in devices]),
         attention=peak_16
         * array([d.attention * k.attention for d, k in zip(devices, kinds, strict=True)]),
-        memory=array([(c.device.memory_bandwidth or np.nan) for c in clusters])
-        * array([d.memory for d in devices]),
+        memory=memory,
         near_ranks=array([c.node.links[0][0] for c in clusters]),
         near=near,
         node_ranks=array([c.node.devices for c in clusters]),
@@ -182,12 +187,17 @@ def rates_of(
         exposed=array([k.exposed for k in kinds]),
         tensor_exposed=array([k.tensor_exposed for k in kinds]),
         gather=array([k.gather for k in kinds]),
+        join=np.full(len(clusters), JOIN),
+        loss_traffic=array(traffic),
+        update=OPTIMIZER_BYTES / memory,
         selective_matrix=array([k.selective_matrix for k in kinds]),
         selective_attention=array([k.selective_attention for k in kinds]),
     )
 
 
 NARROW = ("fp8", "mxfp8", "nvfp4")
+CAST_BYTES = 3.0
+"""Read and written to convert one element of a product from 16 to 8 bits."""
 
 
 def peak(cluster: Cluster, precision: str) -> float:

@@ -19,6 +19,8 @@ from ridgeline.plan.amounts import not_negative, positive, share
 from ridgeline.plan.goodput import HOUR, Goodput, goodput, job_mtbf_s
 
 DAY = 86400.0
+LEAST_GOODPUT = 0.01
+"""Share of the time that must be kept work; below it a run that fails has no end worth a number."""
 KWH = 3.6e6
 """Joules in a kilowatt-hour."""
 
@@ -54,10 +56,10 @@ class Rates:
         named = {field.name: getattr(self, field.name) for field in fields(self)}
         for name, value in named.items():
             if isinstance(value, float | int):
-                not_negative(float(value), name.replace("_", " "))
+                not_negative(float(value), _words(name))
         for name in ("device_w", "failures_per_device_hour", "checkpoint_s"):
             if named[name] is not None:
-                positive(named[name], name.replace("_", " "))
+                positive(named[name], _words(name))
         if not re.fullmatch("[A-Z]{3}", self.currency):
             raise PlanError(
                 f"currency {self.currency!r}", "currencies have three letters (ISO 4217)", "USD"
@@ -66,7 +68,7 @@ class Rates:
             raise PlanError(
                 f"pue {self.pue:g}",
                 "PUE is at least 1: a centre draws what its nodes draw, or more",
-                "1.1",
+                "1",
             )
         if self.other_capital is not None and self.other_capital >= 1:
             raise PlanError(
@@ -74,6 +76,12 @@ class Rates:
                 "it is the share of all capital that is not devices, below 1",
                 f"{self.other_capital / 100:g}" if self.other_capital < 100 else "0.5",
             )
+
+
+def _words(name: str) -> str:
+    """A field's name for people: `checkpoint_s` is checkpoint seconds."""
+    *words, last = name.split("_")
+    return " ".join([*words, {"s": "seconds", "w": "watts"}.get(last, last)])
 
 
 @dataclass(frozen=True)
@@ -241,7 +249,9 @@ def _check_finite(result: Cost) -> None:
         value = getattr(result, field.name)
         if isinstance(value, float) and not math.isfinite(value):
             raise PlanError(
-                f"{field.name} = {value}", "the numbers asked with are too large or too small", ""
+                f"{field.name} = {value}",
+                "the numbers asked with are too large or too small to multiply",
+                "prices below 1e15, and an MFU above 1e-6",
             )
 
 
@@ -283,12 +293,16 @@ def _losses(devices: int, cluster: Cluster, rates: Rates) -> Goodput | None:
     if rate is None or rates.checkpoint_s is None or rates.restart_s is None:
         return None
     losses = goodput(job_mtbf_s(rate, devices), rates.checkpoint_s, rates.restart_s)
-    if losses.fraction == 0:
+    if losses.fraction < LEAST_GOODPUT:
+        enough = losses.mtbf_s * devices / (10 * (rates.checkpoint_s + rates.restart_s))
         raise PlanError(
             f"{devices:,} devices that fail {rate:g} times an hour each",
             f"the job fails every {losses.mtbf_s:g} s, saving takes {rates.checkpoint_s:g} s and "
-            f"restarting {rates.restart_s:g} s: it never ends",
-            "fewer devices, or a shorter restart",
+            f"restarting {rates.restart_s:g} s: less than {LEAST_GOODPUT:.0%} of the time is kept "
+            "work, so it never ends",
+            f"{min(enough, devices - 1):,.0f} devices"
+            if enough >= 1
+            else f"checkpoint and restart within {losses.mtbf_s / 10:.3g} s together",
         )
     return losses
 

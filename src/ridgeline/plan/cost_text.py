@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import textwrap
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from ridgeline.human import DASH, duration, integer, percent, short
 from ridgeline.machine.cluster import parse_devices
 from ridgeline.model.catalogue import entry
+from ridgeline.model.shape import ModelShape
 from ridgeline.plan.amounts import count_of
 from ridgeline.plan.cost import DAY, KWH, Cost, Rates, cost
+from ridgeline.plan.plan import plan
+from ridgeline.plan.question import question
 
 WIDTH = 100
 
@@ -33,19 +36,48 @@ def answer(
 
     Raises ModelError, MachineError and PlanError.
     """
-    devices, cluster = parse_devices(machine)
-    found = cost(
-        entry(model).shape,
-        count_of(tokens, "tokens"),
-        devices,
-        cluster,
-        mfu=mfu,
-        days=days,
-        sequence=sequence,
-        precision=precision,
-        rates=Rates(**rates),
-    )
+    found = cost_of(
+        entry(model).shape, count_of(tokens, "tokens"), machine,
+        mfu=mfu, days=days, sequence=sequence, precision=precision, **rates,
+    )  # fmt: skip
     return json.dumps(asdict(found), indent=2, allow_nan=False) if as_json else describe(found)
+
+
+def cost_of(
+    shape: ModelShape,
+    tokens: int,
+    on: str,
+    *,
+    mfu: float | None = None,
+    days: float | None = None,
+    sequence: int | None = None,
+    precision: str | None = None,
+    **rates: Any,
+) -> Cost:
+    """`cost` on a machine such as `16000xH100`; where neither `mfu` nor `days` is said, as planned.
+
+    Raises MachineError, PlanError; LayoutError where no layout divides the run.
+    """
+    prices = Rates(**rates)
+    devices, cluster = parse_devices(on)
+    note = ""
+    if mfu is None and days is None:
+        asked = question(
+            shape, on, tokens=tokens, sequence=sequence, precision=precision, prices=prices
+        )
+        best = plan(asked, top=1).layouts[0]
+        mfu, sequence, precision = best.mfu, asked.sequence, asked.precision
+        doubt = "; outside what the planner was calibrated on" if best.extrapolated else ""
+        note = (
+            f"MFU as planned for the fastest layout, '{best.layout}', with batches of "
+            f"{short(float(asked.sequence * asked.global_batch))} tokens: ridgeline plan says "
+            f"more{doubt}"
+        )
+    found = cost(
+        shape, tokens, devices, cluster,
+        mfu=mfu, days=days, sequence=sequence, precision=precision, rates=prices,
+    )  # fmt: skip
+    return replace(found, notes=(note, *found.notes)) if note else found
 
 
 def describe(cost: Cost) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,11 +23,13 @@ from ridgeline.layout.layout import Layout
 from ridgeline.plan.block import block, group_rate
 from ridgeline.plan.constants import calibration
 from ridgeline.plan.memory import memory
-from ridgeline.plan.plan import Planned, Question, physics, plan, usable
+from ridgeline.plan.plan import Planned, plan
 from ridgeline.plan.quantities import Array, Layouts
+from ridgeline.plan.question import Question, physics, usable
 from ridgeline.plan.search import Pricer
 from ridgeline.plan.space import space
-from ridgeline.plan.timeline_picture import draw
+from ridgeline.plan.timeline import Durations, replay
+from ridgeline.plan.timeline_picture import MOST_BARS, drawn, schedule_of
 
 KNOBS = (
     "micro_batch", "tensor", "pipeline", "context", "interleave", "schedule", "zero", "recompute",
@@ -119,34 +122,43 @@ def draw_step(
 ) -> str:
     """Replay the pipeline of a layout with its own seconds; write a picture and a Perfetto trace.
 
-    The picture shows at most three micro-batches per rank, the trace and the words the whole step.
+    Layers that do not divide make the first chunks longer, and the head the last one. The picture
+    shows at most three micro-batches per rank, and no more bars than a picture can; the trace and
+    the words tell of the whole step. ZeRO's gathers, reductions and the optimizer are not in it.
     """
+    micro_batches = asked.global_batch // (layout.data * layout.micro_batch)
+    whole = schedule_of(layout, micro_batches)
+    durations = chunk_durations(asked, layout, whole.chunks)
+    if svg is not None:
+        most = max(1, MOST_BARS // (3 * whole.chunks))  # forward, and backward in two parts
+        part = schedule_of(layout, min(micro_batches, 3 * layout.pipeline, most))
+        drawn(replay(part, durations), svg)
+    return drawn(replay(whole, durations), trace=trace)
+
+
+def chunk_durations(asked: Question, layout: Layout, chunks: int) -> Durations:
+    """Seconds of each chunk's work on a micro-batch: its layers', and the head's on the last."""
     task, rates = physics(asked)
     table = Layouts.of([layout])
     each = block(task, rates, calibration().shared, table)
-    layers = asked.shape.layers / layout.pipeline
     weights = float(np.minimum(each.weight_gradient, each.backward)[0])
-    micro_batches = asked.global_batch // (layout.data * layout.micro_batch)
+    inputs = float(each.backward[0]) - weights
+    least, longer = divmod(asked.shape.layers, chunks)
+    layers = [least + (chunk < longer) for chunk in range(chunks)]
+    head = [0.0] * (chunks - 1) + [float(each.head[0]) / 3]  # forward, and both parts of backward
     rate, latency = group_rate(rates, np.array([2.0]), table.tensor * table.data * table.context)
     rows = layout.micro_batch * asked.sequence / layout.context
     message = 2 * rows * asked.shape.hidden / layout.tensor
-    sent_s = float(latency[0]) + message / float(rate[0])
 
-    def drawn(count: int, picture: Path | None, events: Path | None) -> str:
-        return draw(
-            str(layout),
-            count,
-            forward_s=layers * float(each.forward[0]),
-            backward_input_s=layers * (float(each.backward[0]) - weights),
-            backward_weight_s=layers * weights,
-            send_s=sent_s,
-            svg=picture,
-            trace=events,
-        )
+    def seconds(layer_s: float) -> tuple[float, ...]:
+        return tuple(n * layer_s + h for n, h in zip(layers, head, strict=True))
 
-    if svg is not None:
-        drawn(min(micro_batches, 3 * layout.pipeline), svg, None)
-    return drawn(micro_batches, None, trace)
+    return Durations(
+        seconds(float(each.forward[0])),
+        seconds(inputs),
+        seconds(weights),
+        float(latency[0]) + message / float(rate[0]),
+    )
 
 
 @dataclass(frozen=True)
@@ -179,12 +191,36 @@ def scaling(asked: Question, sizes: Iterable[int], weak: bool = False) -> list[P
 
 
 def pareto(points: list[Point]) -> list[Point]:
-    """Those that no smaller machine is faster than: more devices must buy fewer days."""
+    """Those that no smaller machine is as soon done as: more devices must buy fewer days.
+
+    Failures count where they are known: each device more is one more that fails. Without a token
+    budget there are no days, and tokens per second decide.
+    """
+
+    def pace(point: Point) -> float:
+        days = point.best.train_s
+        return 1 / point.best.tokens_per_s if days is None else days
+
     front: list[Point] = []
     for point in sorted(points, key=lambda each: each.devices):
-        if not front or point.best.tokens_per_s > front[-1].best.tokens_per_s:
+        if not front or pace(point) < pace(front[-1]):
             front.append(point)
     return front
+
+
+def json_of(points: list[Point]) -> list[dict[str, Any]]:
+    """The curve for programs: every size with its best layout, and whether it is on the front."""
+    front = {id(point) for point in pareto(points)}
+    return [
+        {
+            "devices": point.devices,
+            "global_batch": point.global_batch,
+            "efficiency": point.efficiency,
+            "pareto": id(point) in front,
+            **point.best.json(),
+        }
+        for point in points
+    ]
 
 
 def table(points: list[Point], sizes: Iterable[int] = ()) -> str:
@@ -196,7 +232,7 @@ def table(points: list[Point], sizes: Iterable[int] = ()) -> str:
         lines.append(
             f"{point.devices:9,} {point.global_batch:7,} {point.best.step_s:8.2f}s "
             f"{'—' if days is None else f'{days:.1f}':>9} {point.efficiency:10.1%}  "
-            f"{point.best.layout}{'' if id(point) in front else '  (a smaller machine is faster)'}"
+            f"{point.best.layout}{'' if id(point) in front else '  (fewer do as well)'}"
         )
     if missing := sorted({*sizes} - {point.devices for point in points}):
         names = ", ".join(f"{devices:,}" for devices in missing)

@@ -51,7 +51,7 @@ def memory(task: Task, rates: Rates, layouts: Layouts) -> Memory:
     logits = rows * task.vocab / layouts.tensor * task.logit_bytes
     # logits are gone before the last stage's backward pass needs its largest layer
     at_last = last + np.maximum(logits, live)
-    at_first = first + live
+    at_first = first + live + _whole_gradient(task, layouts)
     worst = np.maximum(at_first, at_last)
     activations = np.where(at_first >= at_last, first, last)
     held = (everywhere, layers * routed)
@@ -92,6 +92,18 @@ def _added_up(
     return Memory(
         weights, gradients, optimizer, activations, temporary, framework, used + framework
     )
+
+
+def _whole_gradient(task: Task, layouts: Layouts) -> Array:
+    """What the embedding's gradient adds to its share where no backward pass divides it.
+
+    DTensor has no vocabulary-parallel gradient of an embedding, and FSDP2 keeps what it
+    accumulates over micro-batches as it came, until it reduces once.
+    """
+    if not np.any(task.whole_gradient):
+        return np.zeros_like(layouts.tensor)
+    parameters = task.vocab * task.hidden * (1 - 1 / layouts.tensor)
+    return np.where(layouts.zero < 2, parameters * task.whole_gradient, 0.0)
 
 
 def layer_activations(task: Task, rates: Rates, layouts: Layouts) -> tuple[Array, Array]:
@@ -173,4 +185,5 @@ def stage_memory(task: Task, rates: Rates, layout: Layouts) -> Memory:
     activations = kept * layers / chunks * ahead
     rows = one.micro_batch * task.sequence / one.context
     logits = np.where(last, rows * task.vocab / one.tensor * task.logit_bytes, 0.0)
-    return _added_up(task, one, held, biggest, activations, np.maximum(logits, live))
+    working = np.maximum(logits, live) + np.where(first, _whole_gradient(task, one), 0.0)
+    return _added_up(task, one, held, biggest, activations, working)

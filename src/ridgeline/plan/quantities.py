@@ -20,6 +20,8 @@ from ridgeline.model.shape import ModelShape
 Array = NDArray[np.float64]
 SCHEDULES: tuple[str, ...] = get_args(Schedule)
 RECOMPUTES: tuple[str, ...] = get_args(Recompute)
+FUSED_LOSS_BYTES = 12
+"""Traffic per logit of a fused loss: 16-bit logits and their gradient, a float32 copy (assumed)."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,11 @@ class Task(Table):
     """Bytes per parameter that cross the network when gradients are reduced."""
     logit_bytes: Array
     """Memory per logit: 16 bits, a float32 copy, its gradient, and what an unfused loss adds."""
+    loss_bytes: Array
+    """Memory traffic per logit of the loss, forward and backward."""
+    whole_gradient: Array
+    """Bytes per parameter of the embedding's gradient that each tensor rank accumulates whole; 0
+    where it is divided as the embedding is."""
 
     @property
     def expert_layers(self) -> Array:
@@ -199,6 +206,12 @@ class Rates(Table):
     """Share of tensor-parallel communication that compute does not hide."""
     gather: Array
     """Share of the network's rate that ZeRO-3's gathers reach."""
+    join: Array
+    """Exponent of the power mean that joins device and host time; 1 where they are one."""
+    loss_traffic: Array
+    """Multiple of the loss's bytes that move through memory."""
+    update: Array
+    """Seconds of the optimizer per parameter that a rank updates."""
     selective_matrix: Array
     """Share of matrix work that `selective` recomputes."""
     selective_attention: Array
@@ -244,5 +257,7 @@ def task_of(
         "gradient_bytes": 4,
         "reduce_bytes": 4,
         "logit_bytes": 14,
+        "loss_bytes": FUSED_LOSS_BYTES,
+        "whole_gradient": 0,
     }
     return Task(**{name: np.float64(value) for name, value in numbers.items()})  # type: ignore[arg-type]

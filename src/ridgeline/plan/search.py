@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TypeVar
 
@@ -11,11 +12,13 @@ import numpy as np
 from ridgeline.plan.block import Block, block
 from ridgeline.plan.constants import Shared
 from ridgeline.plan.memory import Memory, memory
-from ridgeline.plan.quantities import Layouts, Rates, Task
+from ridgeline.plan.quantities import Array, Layouts, Rates, Task
 from ridgeline.plan.space import Space
 from ridgeline.plan.step import Step, step
 
 Rows = TypeVar("Rows", Layouts, Step, Memory)
+Objective = Callable[[Step], Array]
+"""What is to be smallest, of many steps: their seconds, or what is paid or burnt in them."""
 KEPT = 400
 """Layouts that stay of each chunk, and in the end."""
 ALIKE = (
@@ -27,7 +30,7 @@ ALIKE = (
 
 @dataclass(frozen=True)
 class Found:
-    """What a search found: the best layouts in order, and what it counted."""
+    """What a search found: the best layouts in order of the objective, and what it counted."""
 
     layouts: Layouts
     steps: Step
@@ -41,8 +44,20 @@ class Found:
     smallest_memory: Memory
 
 
-def search(task: Task, rates: Rates, shared: Shared, space: Space, capacity_bytes: float) -> Found:
-    """Price every layout of `space` and keep the fastest that fit `capacity_bytes`."""
+def seconds(steps: Step) -> Array:
+    """The objective of who wants to be done soonest."""
+    return steps.total
+
+
+def search(
+    task: Task,
+    rates: Rates,
+    shared: Shared,
+    space: Space,
+    capacity_bytes: float,
+    objective: Objective = seconds,
+) -> Found:
+    """Price every layout of `space` and keep the best by `objective` that fit `capacity_bytes`."""
     begun = time.perf_counter()
     pricer = Pricer(task, rates, shared, space)
     fitting = 0
@@ -62,15 +77,17 @@ def search(task: Task, rates: Rates, shared: Shared, space: Space, capacity_byte
             continue
         some = layouts.take(fits)
         steps = pricer.step(some)
-        good = np.flatnonzero(steps.total < worst_kept)
+        values = objective(steps)
+        good = np.flatnonzero(values < worst_kept)
         if len(good) > KEPT:
-            good = good[np.argpartition(steps.total[good], KEPT)[:KEPT]]
+            good = good[np.argpartition(values[good], KEPT)[:KEPT]]
         if len(good):
             best.append((some.take(good), steps.take(good), table.take(fits[good])))
         if len(best) > 16:
-            best = [_sorted(best)]
-            worst_kept = float(best[0][1].total[-1]) if best[0][0].count >= KEPT else np.inf
-    layouts, steps, memories = _sorted(best) if best else _nothing()
+            best = [_sorted(best, objective)]
+            full = best[0][0].count >= KEPT
+            worst_kept = float(objective(best[0][1])[-1]) if full else np.inf
+    layouts, steps, memories = _sorted(best, objective) if best else _nothing()
     smallest, smallest_memory = least[0] if least else (layouts, memories)
     return Found(
         layouts, steps, memories, space.candidates, space.valid, fitting,
@@ -78,18 +95,19 @@ def search(task: Task, rates: Rates, shared: Shared, space: Space, capacity_byte
     )  # fmt: skip
 
 
-def different(found: Found) -> list[int]:
-    """Rows in order of time, without twins: alike but for the span of shards, or equal in all."""
+def different(found: Found, objective: Objective = seconds) -> list[int]:
+    """Rows in order of `objective`, without twins: alike but for the span of shards, or equal."""
     table = found.layouts
-    rounded = np.array([float(f"{seconds:.6g}") for seconds in found.steps.total])
+    # to six digits: of equally good layouts the one with memory to spare stands first
+    rounded = np.array([float(f"{value:.6g}") for value in objective(found.steps)])
     order = np.lexsort((found.memories.total, rounded))
     seen: set[tuple[object, ...]] = set()
     rows: list[int] = []
     for row in order:
         alike = tuple(float(getattr(table, name)[row]) for name in ALIKE)
         by_schedule = (*alike, "schedule", float(table.schedule[row]))
-        seconds, used = float(found.steps.total[row]), float(found.memories.total[row])
-        by_figures = (*alike, f"{seconds:.6g}", f"{used:.6g}")
+        time_s, used = float(found.steps.total[row]), float(found.memories.total[row])
+        by_figures = (*alike, f"{time_s:.6g}", f"{used:.6g}")
         if by_schedule not in seen and by_figures not in seen:
             rows.append(int(row))
         seen |= {by_schedule, by_figures}
@@ -129,12 +147,14 @@ class Pricer:
         return step(self._task, self._rates, self._shared, layouts, self.blocks(layouts))
 
 
-def _sorted(parts: list[tuple[Layouts, Step, Memory]]) -> tuple[Layouts, Step, Memory]:
-    """The KEPT fastest of all parts; of equally fast ones the smallest memory stands first."""
+def _sorted(
+    parts: list[tuple[Layouts, Step, Memory]], objective: Objective
+) -> tuple[Layouts, Step, Memory]:
+    """The KEPT best of all parts; of equally good ones the smallest memory stands first."""
     layouts = _joined([each[0] for each in parts])
     steps = _joined([each[1] for each in parts])
     memories = _joined([each[2] for each in parts])
-    order = np.lexsort((memories.total, np.round(steps.total, 9)))[:KEPT]
+    order = np.lexsort((memories.total, np.round(objective(steps), 9)))[:KEPT]
     return layouts.take(order), steps.take(order), memories.take(order)
 
 

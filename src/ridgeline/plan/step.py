@@ -19,8 +19,6 @@ from ridgeline.plan.quantities import SCHEDULES, Array, Layouts, Rates, Table, T
 
 Collective = Callable[[Array, Array, Array], Array]
 """What a gather or scatter of so many bytes over so many ranks, so far apart, costs: s or bytes."""
-OPTIMIZER_BYTES = 32
-"""Read and written per owned parameter: gradient, master, two moments, weight."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,7 @@ def step(task: Task, rates: Rates, shared: Shared, layouts: Layouts, blocks: Blo
     updated = owned[0] / np.where(layouts.zero > 0, group, 1.0)
     if np.any(task.experts):
         updated = updated + owned[1] / np.where(layouts.zero > 0, fewer, 1.0)
-    optimizer = updated * OPTIMIZER_BYTES / rates.memory
+    optimizer = updated * rates.update
 
     rate, latency = group_rate(rates, np.full_like(pipeline, 2.0), layouts.tensor * replicas)
     message = layouts.micro_batch * task.sequence / layouts.context * task.hidden * 2
@@ -105,7 +103,7 @@ def step(task: Task, rates: Rates, shared: Shared, layouts: Layouts, blocks: Blo
     host = waiting - compute - tensor - context - expert
     total = busy + data + optimizer + sends
     nodes = np.maximum(pipeline * replicas * layouts.tensor / rates.node_ranks, 1.0)
-    jitter = shared.jitter * np.log2(nodes) * total
+    jitter = shared.jitter * np.sqrt(2 * np.log(nodes)) * total
     return Step(
         compute=compute,
         tensor=tensor,

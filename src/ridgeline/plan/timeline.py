@@ -172,7 +172,9 @@ def _check_durations(schedule: PipelineSchedule, durations: Durations) -> None:
     for seconds in (*parts[0], *parts[1], *parts[2], durations.send_s):
         if not (math.isfinite(seconds) and seconds >= 0):
             raise LayoutError(
-                f"a duration of {seconds} s in a pipeline", "seconds are finite and not negative"
+                f"a duration of {seconds} s in a pipeline",
+                "seconds are finite and not negative",
+                f"{-seconds:g}" if -math.inf < seconds < 0 else "0 or more",
             )
     if sum(parts[0]) <= 0:
         raise LayoutError("forward passes of 0 s in a pipeline", "work takes time", "seconds > 0")

@@ -9,7 +9,7 @@ from pathlib import Path
 from ridgeline import human
 from ridgeline.errors import LayoutError
 from ridgeline.layout.layout import Layout
-from ridgeline.layout.schedules import pipeline_schedule
+from ridgeline.layout.schedules import PipelineSchedule, chunks_per_rank, pipeline_schedule
 from ridgeline.plan.timeline import Timeline, even_durations, replay
 
 WIDTH = 960
@@ -17,6 +17,7 @@ ROW = 26
 BAR = 20
 LEFT = 64
 MOST_BARS = 10_000
+MOST_PASSES = 1_000_000
 TOP = 40
 NAMES = {"F": "forward", "B": "backward", "I": "backward, inputs", "W": "backward, weights"}
 # Okabe and Ito's colours, told apart with any colour vision; the letter says the kind as well.
@@ -47,8 +48,7 @@ def draw(
     The seconds are those of one micro-batch on one rank, all its chunks together. Raises
     LayoutError.
     """
-    layout = Layout.model_validate(sentence)
-    schedule = pipeline_schedule(layout.schedule, layout.pipeline, micro_batches, layout.interleave)
+    schedule = schedule_of(Layout.model_validate(sentence), micro_batches)
     per_rank = schedule.chunks // schedule.ranks
     durations = even_durations(
         schedule.chunks,
@@ -57,7 +57,24 @@ def draw(
         backward_weight_s / per_rank,
         send_s,
     )
-    timeline = replay(schedule, durations)
+    return drawn(replay(schedule, durations), svg, trace)
+
+
+def schedule_of(layout: Layout, micro_batches: int) -> PipelineSchedule:
+    """The lists of actions of a layout. Raises LayoutError for more than can be replayed."""
+    chunks = layout.pipeline * chunks_per_rank(layout.schedule, layout.interleave)
+    if micro_batches * chunks > MOST_PASSES:
+        raise LayoutError(
+            f"{micro_batches:,} micro-batches through {chunks:,} chunks",
+            f"that is {micro_batches * chunks:,} forward passes; at most {MOST_PASSES:,} are "
+            "replayed",
+            f"{max(1, MOST_PASSES // chunks):,} micro-batches: more of them idle no longer",
+        )
+    return pipeline_schedule(layout.schedule, layout.pipeline, micro_batches, layout.interleave)
+
+
+def drawn(timeline: Timeline, svg: Path | None = None, trace: Path | None = None) -> str:
+    """The timeline in words; a picture and a trace of it in files, where they are wanted."""
     for path, text in ((svg, timeline_svg), (trace, timeline_trace)):
         if path is not None:
             path.write_text(text(timeline), encoding="utf-8")
@@ -83,7 +100,7 @@ def _title(timeline: Timeline) -> str:
     idle = human.percent(1 - min(timeline.busy_s) / timeline.step_s)
     return (
         f"{schedule.name}, {schedule.ranks} ranks, {schedule.micro_batches} micro-batches: "
-        f"{human.duration(timeline.step_s)} per step, at most {idle} of it idle"
+        f"{human.duration(timeline.step_s)} from first to last, at most {idle} of it idle"
     )
 
 
@@ -150,6 +167,10 @@ def _legend(timeline: Timeline) -> str:
             parts.append(f'<rect class="legend k{kind}" x="{x}" y="22" width="12" height="12"/>')
             parts.append(f'<text x="{x + 16}" y="32">{name}</text>')
             x += 140
+    parts.append(f'<rect class="legend idle" x="{x}" y="22" width="12" height="12"/>')
+    chunks = timeline.schedule.chunks // timeline.schedule.ranks
+    paler = "; paler: later chunks of the rank" if chunks > 1 else ""
+    parts.append(f'<text x="{x + 16}" y="32">idle{paler}</text>')
     return "".join(parts)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from ridgeline.plan.cases import Case, predict, predict_memory, read_cases
 from ridgeline.plan.certainty import Certainty, certainty
 from ridgeline.plan.constants import NARROW, Constants, calibration, peak
+from ridgeline.plan.memory import FRAGMENTATION
 from ridgeline.plan.quantities import Array
 
 NAIVE_SHARE = 0.5
@@ -31,7 +32,8 @@ class Outcome:
     interval_s: tuple[float, float]
     baseline_s: float
     memory_bytes: float
-    """Predicted, of one device, without what the allocator does not report."""
+    """Predicted, of one device, without what the allocator does not report: what it has reserved,
+    or where the row says so, what is allocated of it."""
     extrapolated: bool
 
     @property
@@ -75,8 +77,9 @@ def _outcomes(rows: list[Case], known: Constants, sure: Certainty) -> list[Outco
     seconds = predict(rows, known).total
     table = predict_memory(rows, known)
     used = table.total - table.framework
+    reserved = used * (1 + FRAGMENTATION)
     found = []
-    for row, predicted, in_use in zip(rows, seconds, used, strict=True):
+    for row, predicted, tight, loose in zip(rows, seconds, used, reserved, strict=True):
         sizes = {name: np.array(row.numbers[name]) for name in ("sequence", "tensor", "pipeline")}
         sizes["devices"] = np.array(float(row.devices))
         stretch = sure.stretch(row.cluster.device.name, row.precision, sizes)
@@ -89,7 +92,7 @@ def _outcomes(rows: list[Case], known: Constants, sure: Certainty) -> list[Outco
                 interval_s=(float(low), float(high)),
                 baseline_s=model_flops(row) / row.devices / NAIVE_SHARE
                 / peak(row.cluster, row.precision),
-                memory_bytes=float(in_use),
+                memory_bytes=float(tight if row.allocated else loose),
                 extrapolated=bool(stretch > 1),
             )
         )  # fmt: skip

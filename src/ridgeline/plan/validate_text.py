@@ -7,7 +7,10 @@ from typing import Any
 from ridgeline.human import DASH, duration
 from ridgeline.plan.validate import Outcome, Validation, summary
 
-HEAD = f"{'':58} {'rows':>5} {'MAPE':>7} {'median':>7} {'bias':>7} {'naive':>7} {'in 80%':>7}"
+HEAD = (
+    f"{'':58} {'rows':>5} {'MAPE':>7} {'median':>7} {'bias':>7} {'naive':>7} {'in 80%':>7} "
+    f"{'rank':>6} {'regret':>6}"
+)
 
 
 def table(found: Validation, with_rows: bool = False) -> str:
@@ -23,10 +26,13 @@ def table(found: Validation, with_rows: bool = False) -> str:
     if wide < len(found.outcomes):
         lines.append(_line("all 8- and 4-bit rows", len(found.outcomes) - wide, figures["narrow"]))
     lines += [
+        "rank: Spearman's correlation of predicted and published times; regret: how much slower "
+        "the layout picked is",
+        "than the best measured, in groups of four or more layouts; naive: MAPE of FLOPs over half "
+        "the peak",
         "",
-        f"rank correlation {_plain(figures['spearman'])}, pairs of layouts in order "
-        f"{_percent(figures['pairs_ordered'])}, mean regret of {figures['regret_groups']} choices "
-        f"{_percent(figures['regret'])}, memory off by {_percent(figures['memory_mape'])}",
+        f"pairs of layouts in order {_percent(figures['pairs_ordered'])}, over "
+        f"{figures['regret_groups']} choices; memory off by {_percent(figures['memory_mape'])}",
         f"{figures['rows']} rows, {figures['predicted']} predicted, "
         f"{len(found.skipped)} skipped" + (":" if found.skipped else ""),
         *(f"  {name}: {why}" for name, why in found.skipped),
@@ -50,7 +56,8 @@ def _line(name: str, rows: int, scores: dict[str, Any]) -> str:
         f"{_percent(scores[key]):>7}"
         for key in ("mape", "median", "bias", "baseline_mape", "coverage")
     )
-    return f"{name[:58]:58} {rows:5d} {figures}"
+    rank = f"{_plain(scores['spearman'])[:6]:>6} {_percent(scores['regret']):>6}"
+    return f"{name[:58]:58} {rows:5d} {figures} {rank}"
 
 
 def _row(each: Outcome) -> str:
@@ -58,7 +65,8 @@ def _row(each: Outcome) -> str:
     assumed = f"; assumed {', '.join(each.case.assumed)}" if each.case.assumed else ""
     return (
         f"{each.case.id:44} published {duration(each.step_s):>8} predicted "
-        f"{duration(each.predicted_s):>8} {each.error:+7.1%}{mark}{assumed}"
+        f"{duration(each.predicted_s):>8} {each.error:+7.1%} (naive "
+        f"{each.baseline_s / each.step_s - 1:+.0%}){mark}{assumed}"
     )
 
 

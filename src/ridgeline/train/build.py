@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ridgeline.data.mixture import Mixture
+from ridgeline.data.mixture import Mixture, open_mixture
 from ridgeline.errors import ModelError
-from ridgeline.launch.local import StopFlag
+from ridgeline.layout.layout import Layout
 from ridgeline.layout.schedules import pipeline_schedule
 from ridgeline.layout.stages import Chunk, chunks_of
 from ridgeline.model.shape import ModelShape
@@ -20,7 +20,7 @@ from ridgeline.run import Optimizer, Run
 from ridgeline.torch_compat import Unfilled, local_part
 from ridgeline.train.agreement import Agreement
 from ridgeline.train.loop import Job, LossFunction
-from ridgeline.train.parallelize import PRECISIONS, Mesh, cut, parallelize
+from ridgeline.train.parallelize import PRECISIONS, Mesh, cut, make_mesh, parallelize
 from ridgeline.train.pipeline import Pipeline
 from ridgeline.train.telemetry import Clock
 
@@ -39,12 +39,14 @@ def make_job(
     decoder: MakeDecoder,
     loss: LossFunction,
     make_optimizer: MakeOptimizer,
-    mesh: Mesh,
-    mixture: Mixture,
+    device: torch.device,
     control: dist.ProcessGroup | None,
-    stop: StopFlag,
+    stop_asked: Callable[[], bool],
 ) -> Job:
-    """The model, divided and with its initial weights, and all that this rank trains it with."""
+    """Everything this rank trains `run`, resolved, with; needs an initialised process group."""
+    assert isinstance(run.layout, Layout)
+    mesh = make_mesh(run.layout, device, dist.get_rank())
+    mixture = mixture_of(run)
     clock = Clock()
     pipeline = build(run, decoder, mesh, clock)
     chunks = list(pipeline.chunks.values())
@@ -52,7 +54,14 @@ def make_job(
     model = chunks[0] if len(chunks) == 1 else nn.ModuleList(chunks)
     optimizer = make_optimizer(model, run.optimizer)
     agreement = Agreement(control)
-    return Job(run, mesh, pipeline, loss, optimizer, mixture, agreement, clock, stop.is_set)
+    return Job(run, mesh, pipeline, loss, optimizer, mixture, agreement, clock, stop_asked)
+
+
+def mixture_of(run: Run) -> Mixture:
+    """The mixture a run trains on; DataError when it is missing or too small for one batch."""
+    return open_mixture(
+        run.data.folder, run.data.corpora, run.sequence, run.seed, run.model.vocab, run.global_batch
+    )
 
 
 def build(run: Run, decoder: MakeDecoder, mesh: Mesh, clock: Clock) -> Pipeline:

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
 from ridgeline.layout.context import ContextKind
+from ridgeline.model.decoder import causal_attention
 from ridgeline.torch_compat import all_to_all, attend_block, attend_block_backward
 
 
@@ -53,11 +53,8 @@ def attend_over_heads(
     slices_CBLMH = all_to_all(heads_CBLMH, group)
     whole_BTMH = slices_CBLMH.movedim(0, 1).flatten(1, 2)
     heads = [part.shape[3] for part in parts_BLCMH]
-    q_BMTH, k_BMTH, v_BMTH = (x.transpose(1, 2) for x in whole_BTMH.split_with_sizes(heads, 2))
-    out_BMTH = functional.scaled_dot_product_attention(
-        q_BMTH, k_BMTH, v_BMTH, is_causal=True, enable_gqa=q_BMTH.shape[1] != k_BMTH.shape[1]
-    )
-    out_BCLMH = torch.unflatten(out_BMTH.transpose(1, 2), 1, (ranks, -1))
+    out_BTMH = causal_attention(*whole_BTMH.split_with_sizes(heads, 2))
+    out_BCLMH = torch.unflatten(out_BTMH, 1, (ranks, -1))
     return all_to_all(out_BCLMH.movedim(1, 0).contiguous(), group).movedim(0, 2).flatten(2, 3)
 
 

@@ -51,6 +51,18 @@ def steps_of(layout: Layout, rank: int, micro_batches: int, training: bool) -> t
     return with_transfers(schedule, forward_only=not training)[rank]
 
 
+def prepare(module: nn.Module, zero: int, *, reduce: bool, last: bool) -> None:
+    """Tell the data-parallel engine what follows the next backward pass of `module`.
+
+    ZeRO 0 and 1 keep whole gradients over the micro-batches and reduce them once; 2 and 3 reduce
+    each; 3 gives parameters back each time, the others once.
+    """
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(reduce)
+        module.set_reshard_after_backward(last or (reduce and zero == 3))
+        module.set_is_last_backward(last)
+
+
 @dataclass
 class Pipeline:
     """This rank's chunks, by their place along the model, and the way to their neighbours."""
@@ -128,7 +140,7 @@ class Pipeline:
                     self.here["B", chunk - 1, micro_batch] = gradients
                 self.kept[chunk, micro_batch] = kept._replace(gradient=gradient, groups=groups)
                 return
-            self._prepare(module, sync=last or self.layout.zero >= 2, last=last)
+            prepare(module, self.layout.zero, reduce=last or self.layout.zero >= 2, last=last)
             if split:
                 unshard(module)
                 stage_backward_weight(module.parameters(), kept.groups)
@@ -143,24 +155,13 @@ class Pipeline:
         self, module: nn.Module, kept: Kept, gradient: Tensor | None
     ) -> tuple[Tensor, Any]:
         unshard(module)
-        self._prepare(module, sync=False, last=False)
+        prepare(module, self.layout.zero, reduce=False, last=False)
         gradients = None if gradient is None else [gradient]
         (given,), groups = stage_backward_input(
             [kept.made], gradients, [kept.given], module.parameters()
         )
         assert given is not None
         return given, groups
-
-    def _prepare(self, module: nn.Module, sync: bool, last: bool) -> None:
-        """What the data-parallel engine does after this backward pass: reduce, give back, finish.
-
-        ZeRO 0 and 1 keep whole gradients over the micro-batches and reduce them once; 2 and 3
-        reduce each; 3 gives parameters back each time, the others once.
-        """
-        if isinstance(module, FSDPModule):
-            module.set_requires_gradient_sync(sync)
-            module.set_reshard_after_backward(last or (sync and self.layout.zero == 3))
-            module.set_is_last_backward(last)
 
     def _take(self, what: str, chunk: int, micro_batch: int) -> Tensor:
         """What a neighbour made for `chunk`: on this rank, or waited for."""

@@ -24,7 +24,7 @@ from ridgeline.machine.device import device as device_named
 from ridgeline.model.decoder import Decoder
 from ridgeline.run import Run
 from ridgeline.train import checkpoint
-from ridgeline.train.build import MakeDecoder, MakeOptimizer, without_memory
+from ridgeline.train.build import MakeDecoder, MakeOptimizer, mixture_of, without_memory
 from ridgeline.train.folder import (
     check_folder,
     checkpoints_of,
@@ -37,7 +37,7 @@ from ridgeline.train.optimizer import adamw
 from ridgeline.train.resolve import Host, resolve, this_host
 from ridgeline.train.schedule import batch_unit
 from ridgeline.train.vocabulary import token_loss
-from ridgeline.train.worker import Outcome, baselines_of, mixture_of, work
+from ridgeline.train.worker import Outcome, baselines_of, work
 
 LOCAL_RANKS_PER_CORE = 4
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ridgeline.data.manifest import Baselines
-from ridgeline.data.mixture import Mixture, open_mixture
+from ridgeline.data.mixture import Mixture
 from ridgeline.launch.local import (
     StopFlag,
     local_processes,
@@ -26,13 +26,17 @@ from ridgeline.machine.device import device as device_named
 from ridgeline.machine.device import recognise
 from ridgeline.model.counts import flops_per_token
 from ridgeline.run import Run
-from ridgeline.torch_compat import HashStore, name_of
+from ridgeline.torch_compat import HashStore, forget_meshes, name_of
 from ridgeline.train import checkpoint
-from ridgeline.train.build import MakeDecoder, MakeOptimizer, make_job, without_memory
+from ridgeline.train.build import (
+    MakeDecoder,
+    MakeOptimizer,
+    make_job,
+    without_memory,
+)
 from ridgeline.train.checkpoint import Progress
 from ridgeline.train.folder import checkpoints_of
 from ridgeline.train.loop import Job, LossFunction, held_out_losses, train_loop
-from ridgeline.train.parallelize import make_mesh
 from ridgeline.train.schedule import total_steps
 from ridgeline.train.telemetry import Observation, Recorder, drop_after
 
@@ -62,24 +66,14 @@ def work(
     stop = stop or threading.Event()
     # The fork server loaded torch with threads for all cores; each worker takes its share.
     torch.set_num_threads(threads_per_process(local_processes()))
-    with _process_group() as (device, control), stop_on_signals(stop):
-        assert isinstance(run.layout, Layout)
-        mesh = make_mesh(run.layout, device, dist.get_rank())
-        mixture = mixture_of(run)
-        job = make_job(run, decoder, loss, make_optimizer, mesh, mixture, control, stop)
+    with process_group() as (device, control), stop_on_signals(stop):
+        job = make_job(run, decoder, loss, make_optimizer, device, control, stop.is_set)
         progress = _resume(job, control)
         recorder = None
-        if mesh.rank == 0:
+        if job.mesh.rank == 0:
             recorder = _recorder(job, without_memory(decoder, run.model), progress)
         keeper = Keeper(job, control, recorder)
         return keeper.run(progress)
-
-
-def mixture_of(run: Run) -> Mixture:
-    """The mixture a run trains on; DataError when it is missing or too small for one batch."""
-    return open_mixture(
-        run.data.folder, run.data.corpora, run.sequence, run.seed, run.model.vocab, run.global_batch
-    )
 
 
 def baselines_of(run: Run, mixture: Mixture) -> Baselines | None:
@@ -90,10 +84,12 @@ def baselines_of(run: Run, mixture: Mixture) -> Baselines | None:
 
 
 @contextmanager
-def _process_group() -> Iterator[tuple[torch.device, dist.ProcessGroup | None]]:
+def process_group() -> Iterator[tuple[torch.device, dist.ProcessGroup | None]]:
     """Join the other ranks; yields this rank's device and a host-side group for small agreements.
 
-    One process needs no launcher: its group has one member and no socket.
+    One process needs no launcher: its group has one member and no socket. A rank that fails beside
+    others leaves the group to the end of its process: closed at once, it would make the others
+    fail, and tell of it, before this rank could tell its own error.
     """
     device = torch.device("cpu")
     if torch.accelerator.is_available() and (
@@ -107,10 +103,15 @@ def _process_group() -> Iterator[tuple[torch.device, dist.ProcessGroup | None]]:
         dist.init_process_group(backends)
     else:
         dist.init_process_group(backends, store=HashStore(), rank=0, world_size=1)
+    alone = dist.get_world_size() == 1
     try:
-        yield device, dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
-    finally:
-        dist.destroy_process_group()
+        yield device, None if alone else dist.new_group(backend="gloo")
+    except BaseException:
+        if alone:
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+    forget_meshes()
 
 
 def _resume(job: Job, group: dist.ProcessGroup | None) -> Progress:
