@@ -15,6 +15,9 @@ import torch
 import torch.distributed as dist
 from pydantic import BaseModel
 from rich.console import Console
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import ridgeline
 from ridgeline.data.prepare import prepare
@@ -27,8 +30,10 @@ from ridgeline.model.decoder import Decoder, make_mlp
 from ridgeline.plan.constants import peak
 from ridgeline.plan.question import question_of_run
 from ridgeline.run import Data, Run
-from ridgeline.torch_compat import HashStore
+from ridgeline.train.build import build
 from ridgeline.train.experts import update_router_bias
+from ridgeline.train.parallelize import make_mesh
+from ridgeline.train.pipeline import steps_of
 from ridgeline.train.resolve import Host, resolve
 from ridgeline.train.schedule import (
     batch_at,
@@ -38,6 +43,7 @@ from ridgeline.train.schedule import (
     total_steps,
 )
 from ridgeline.train.start import judge
+from ridgeline.train.telemetry import Clock
 from ridgeline.train.worker import Outcome
 
 MakeRun = Callable[..., Run]
@@ -102,11 +108,7 @@ def balanced(run: Run) -> object:
         for parameter in mixture.parameters():
             parameter.copy_(torch.linspace(-1, 1, parameter.numel()).view_as(parameter))
     torch.autograd.backward(mixture(x_BLD).sum())
-    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
-    try:
-        update_router_bias([mixture], None)
-    finally:
-        dist.destroy_process_group()
+    update_router_bias([mixture], lambda visits_ME: visits_ME)
     gradient = mixture.get_parameter("router.weight").grad
     assert gradient is not None
     return gradient.tolist(), mixture.get_buffer("selection_bias").tolist()
@@ -122,15 +124,45 @@ def resolved(run: Run) -> object:
     return resolve(run, LAPTOP, None)[0]
 
 
-def refused(run: Run) -> str:
+def refused(run: Run) -> str | None:
     """Why the layout cannot be trained, if it cannot."""
     assert isinstance(run.layout, Layout)
     try:
-        check(run.layout, run.model, run.sequence, run.global_batch, run.layout.world)
-        trainable(run.layout)
+        trainable(run.layout, run.model, run.sequence)
     except LayoutError as error:
-        return f"{error.asked} {error.rule}"
-    return f"trained by {run.layout.world} with {run.layout.precision}"
+        return error.rule
+    return None
+
+
+def divided(run: Run) -> object:
+    """The program that the last rank of the layout runs, built without the other ranks: which part
+    of each parameter it holds and who shares it, what is done to its blocks, and all its actions.
+
+    Nothing of it is refused: that a run trains so is for the tests of parity.
+    """
+    layout = run.layout
+    assert isinstance(layout, Layout) and refused(run) is None
+    check(layout, run.model, run.sequence, run.global_batch, layout.world)
+    rank = layout.world - 1
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world)
+    try:
+        mesh = make_mesh(layout, torch.device("cpu"), rank)
+        pipeline = build(run, Decoder, mesh, Clock())
+        told: list[object] = [pipeline.positions.tolist(), pipeline.hidden().shape]
+        for index, chunk in pipeline.chunks.items():
+            for name, parameter in chunk.named_parameters():
+                told.append((index, name, parameter.shape))
+                if isinstance(parameter, DTensor):
+                    ranks = parameter.device_mesh.mesh.tolist()
+                    told.append((parameter.to_local().shape, parameter.placements, ranks))
+            for block in chunk.get_submodule("blocks").children():
+                told.append(isinstance(block, FSDPModule))
+                told.append(getattr(block.forward, "args", ())[:1])  # the kind of recomputation
+                told.append(block._compiled_call_impl is not None)
+    finally:
+        dist.destroy_process_group()
+    micro_batches = run.global_batch // (layout.data * layout.micro_batch)
+    return told, steps_of(layout, pipeline.rank, micro_batches, True)
 
 
 def judged(run: Run) -> bool:
@@ -188,7 +220,8 @@ RAMP = {"schedule": {"global_batch": 24, "ramp": {"start": 8, "increment": 4, "e
 TOKENS = {"schedule": {"global_batch": None, "global_batch_tokens": 256}}
 WSD = {"schedule": {"shape": "wsd"}, "budget": {"steps": 40}}
 SHARDED = {"layout": {"data": 4, "zero": 3}}
-STAGES = {"layout": {"pipeline": 2}}
+ONE = {"layout": {"data": 1}}
+STAGES = {"model": {"layers": 4}, "layout": {"pipeline": 2}}
 LONG = {"budget": {"steps": 40}}
 AUTO = {"layout": "auto"}
 ON_A100 = {"cluster": {"device": "A100-SXM-80GB", "devices": 1}}
@@ -248,20 +281,21 @@ CASES = [
     Case("data.workers", 2, made),
     Case("cluster.device", "H100-SXM-80GB", planned, ON_A100),
     Case("cluster.devices", 4, resolved, AUTO),
-    Case("layout.data", 2, refused, {"layout": {"data": 1}}),
-    Case("layout.context", 2, refused, {"layout": {"data": 1}}),
-    Case("layout.tensor", 2, refused, {"layout": {"data": 1}}),
-    Case("layout.pipeline", 2, refused, {"layout": {"data": 1}}),
-    Case("layout.expert", 2, refused, {"layout": {"data": 2}}),
-    Case("layout.expert_tensor", 2, refused, {"layout": {"data": 1}}),
-    Case("layout.micro_batch", 3, refused, {"layout": {"data": 1}}),
-    Case("layout.interleave", 2, refused, STAGES),
-    Case("layout.schedule", "zbv", refused, STAGES),
-    Case("layout.zero", 1, refused, {"layout": {"data": 4}}),
-    Case("layout.shard_group", 2, refused, SHARDED),
-    Case("layout.recompute", "full", refused, {"layout": {"data": 1}}),
+    Case("layout.data", 2, divided, ONE),
+    Case("layout.context", 2, divided, ONE),
+    Case("layout.tensor", 2, divided, ONE),
+    Case("layout.pipeline", 2, divided, ONE),
+    Case("layout.expert", 2, divided, {**EXPERTS, "layout": {"data": 2}}),
+    Case("layout.expert_tensor", 2, refused, ONE),
+    Case("layout.micro_batch", 4, divided, ONE),
+    Case("layout.interleave", 2, divided, STAGES),
+    Case("layout.schedule", "zbv", divided, STAGES),
+    Case("layout.zero", 1, divided, {"layout": {"data": 4}}),
+    Case("layout.shard_group", 2, divided, SHARDED),
+    Case("layout.recompute", "full", divided, ONE),
+    Case("layout.compile", True, divided, ONE),
     Case("layout.precision", "bf16", trained, {"layout": {"micro_batch": 4, "precision": "fp32"}}),
-    Case("layout.order", "tp-pp-dp-cp", refused, {"layout": {"data": 1}}),
+    Case("layout.order", "dp-pp-cp-tp", divided, {"layout": {"data": 2, "pipeline": 2, "zero": 1}}),
     Case("optimizer.lr", 1e-3, trained),
     Case("optimizer.beta1", 0.5, trained),
     Case("optimizer.beta2", 0.5, trained),

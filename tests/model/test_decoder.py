@@ -110,7 +110,7 @@ def test_heads_are_counted_on_the_tensors() -> None:
     """Half the heads of every projection, added up over both halves, is the whole attention."""
     attention = built(LLAMA).blocks["0"].get_submodule("attention")
     x_BLD = torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(0))
-    rope = make_rope(LLAMA, 8, x_BLD.device)
+    rope = make_rope(LLAMA, torch.arange(8))
     total = torch.zeros_like(x_BLD)
     for half in (0, 1):
         part = copy.deepcopy(attention)
@@ -124,8 +124,7 @@ def test_heads_are_counted_on_the_tensors() -> None:
 def test_bf16_keeps_the_angles_in_float32() -> None:
     """At position 30,000 a bf16 angle would be wrong by tens of radians; a rotated bf16 vector is
     off by its own rounding alone."""
-    rope = make_rope(LLAMA, 30_001, torch.device("cpu"))
-    last = Rope(rope.cos[-1:], rope.sin[-1:])
+    last = make_rope(LLAMA, torch.tensor([30_000]))
     x_BLNH = torch.randn(1, 1, 4, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
     exact = last.rotate(x_BLNH.double())
     assert last.rotate(x_BLNH).dtype == torch.bfloat16
@@ -161,11 +160,27 @@ def test_llama_3_scaling_keeps_short_wavelengths_and_stretches_long_ones() -> No
         update={"head_dim": 128, "rope_theta": 5e5, "rope_scaling": RopeScaling(factor=8.0)}
     )
     plain = scaled.model_copy(update={"rope_scaling": None})
-    cpu = torch.device("cpu")
-    angle, original = (make_rope(s, 2, cpu).sin[1, 0, 64:].asin() for s in (scaled, plain))
+    one = torch.tensor([1])
+    angle, original = (make_rope(s, one).sin[0, 0, 64:].asin() for s in (scaled, plain))
     assert angle[0] == original[0]
     assert (original[-1] / angle[-1]).item() == pytest.approx(8.0, rel=1e-4)
     assert (original / angle).diff().ge(-1e-3).all()
+
+
+@pytest.mark.parametrize("shape", [LLAMA, GPT])
+def test_positions_say_where_tokens_stand(shape: ModelShape) -> None:
+    """Without them tokens stand at the front; one token sees nothing but itself and its place."""
+    decoder = built(shape)
+    tokens_BL = some_tokens(shape)
+    asked = decoder(tokens_BL, torch.arange(16))
+    assert torch.equal(asked, decoder(tokens_BL))
+    moved = decoder(tokens_BL, torch.arange(16) + 7)
+    if shape.positions == "learned":
+        assert (moved - asked).abs().amax(-1).gt(1e-4).all()
+    else:  # rotations leave what depends on distances alone
+        torch.testing.assert_close(moved, asked, rtol=0, atol=1e-5)
+        stretched = decoder(tokens_BL, torch.arange(16) * 2)
+        assert (stretched - asked).abs().amax(-1)[:, 2:].gt(1e-5).all()
 
 
 def test_bf16_logits_stay_near_those_of_float32() -> None:

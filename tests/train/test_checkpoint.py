@@ -208,8 +208,8 @@ def test_weights_buffers_optimizer_and_random_state_are_all_that_is_saved(tmp_pa
     torch.manual_seed(5)
     model = Tied()
     optimizer = adamw(model, Optimizer())
-    make_state(model, optimizer)
-    tensors = checkpoint.tensors_of(model, optimizer)
+    make_state(optimizer)
+    tensors = checkpoint.tensors_of([model], optimizer)
     assert set(tensors) == {
         "model.embedding.weight",
         "model.mean",
@@ -220,7 +220,7 @@ def test_weights_buffers_optimizer_and_random_state_are_all_that_is_saved(tmp_pa
     }
     path = save(tmp_path, tensors, Progress(step=1), None)
     drawn = torch.rand(3)
-    load(path, checkpoint.tensors_of(model, optimizer), None)
+    load(path, checkpoint.tensors_of([model], optimizer), None)
     assert torch.equal(torch.rand(3), drawn)  # the generator stands where it stood
 
 
@@ -228,7 +228,7 @@ def test_creating_the_optimizers_state_changes_no_weight() -> None:
     model = Tied()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = adamw(model, Optimizer(lr=0.7, weight_decay=0.5))
-    make_state(model, optimizer)
+    make_state(optimizer)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name])
         assert parameter.grad is None

@@ -18,14 +18,16 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from ridgeline.model.decoder import make_mlp
 from ridgeline.model.experts import MixtureOfExperts
 from ridgeline.model.shape import ExpertShape, ModelShape
+from ridgeline.torch_compat import shard
 from ridgeline.train.checkpoint import model_tensors
 from ridgeline.train.experts import (
+    count_whole_sequences,
     divide_experts,
     mixtures,
     set_loss_scale,
@@ -63,9 +65,14 @@ def step(mixture: MixtureOfExperts, case: str, x_BLD: Tensor) -> dict[str, Tenso
     x_BLD = x_BLD.clone().requires_grad_()
     out_BLD = mixture(x_BLD)
     torch.autograd.backward(out_BLD.square().sum() / (BATCH * LENGTH))
-    update_router_bias([mixture], None)
+    update_router_bias([mixture], over_ranks)
     assert x_BLD.grad is not None and mixture.visits.sum() == 0
     return {"out": out_BLD.detach(), "x": x_BLD.grad, "bias": mixture.selection_bias}
+
+
+def over_ranks(visits_ME: Tensor) -> Tensor:
+    dist.all_reduce(visits_ME)
+    return visits_ME
 
 
 def tokens() -> Tensor:
@@ -77,16 +84,15 @@ def one_rank(rank: int, folder: str) -> None:
     for case in CASES:
         expert = int(case[2])
         mesh = init_device_mesh(
-            "cpu", (RANKS // expert, expert), mesh_dim_names=("replica", "expert")
+            "cpu", (RANKS // expert, expert, 1), mesh_dim_names=("replica", "expert", "tensor")
         )
         mixture = made()
         in_parts = "in parts" in case
-        divide_experts([mixture], mesh["expert"], dist.group.WORLD if in_parts else None)
-        experts = mixture.experts
-        fully_shard(experts, mesh=mesh["replica"])
-        assert isinstance(experts, FSDPModule)
-        experts.set_gradient_divide_factor(1.0)
-        experts.set_force_sum_reduction_for_comms(True)
+        divide_experts(mixture, mesh)
+        if in_parts:
+            assert dist.group.WORLD is not None
+            count_whole_sequences(mixture, [dist.group.WORLD])
+        shard(mixture.experts, mesh["replica"], MixedPrecisionPolicy(), reshard=True)
         part_BLD = tokens().chunk(RANKS, dim=1 if in_parts else 0)[rank]
         found = step(mixture, case, part_BLD)
         for name, parameter in mixture.named_parameters():
@@ -171,10 +177,10 @@ def test_the_cases_hold_what_they_are_for(alone: None) -> None:
 def test_a_bias_moves_by_its_rate_against_the_load(alone: None) -> None:
     mixture = made()
     mixture.visits.copy_(torch.tensor([7, 5, 5, 5, 5, 5, 5, 3]))  # the mean is 5
-    update_router_bias([mixture], None)
+    update_router_bias([mixture], over_ranks)
     expected = torch.tensor([-0.01, 0, 0, 0, 0, 0, 0, 0.01])
     torch.testing.assert_close(mixture.selection_bias, expected)
-    update_router_bias([mixture], None)  # nobody visited since
+    update_router_bias([mixture], over_ranks)  # nobody visited since
     torch.testing.assert_close(mixture.selection_bias, expected)
 
 
@@ -190,7 +196,7 @@ def test_a_bias_evens_out_a_skewed_router(alone: None) -> None:
     for _ in range(150):
         mixture(x_BLD)
         crowding.append(float(mixture.visits.max() / mixture.visits.sum()))
-        update_router_bias([mixture], None)
+        update_router_bias([mixture], over_ranks)
     assert crowding[0] > 0.4
     assert max(crowding[-10:]) < 0.16
 
@@ -199,7 +205,7 @@ def test_a_model_without_experts_has_no_bias_to_move() -> None:
     """Without a process group: nothing is asked of other ranks."""
     dense = torch.nn.Linear(2, 2)
     assert mixtures([dense]) == []
-    update_router_bias([dense], None)
+    update_router_bias([dense], over_ranks)
 
 
 def test_a_checkpoint_holds_the_bias_and_not_the_count_of_visits() -> None:

@@ -1,17 +1,38 @@
-"""Clipping, loss and AdamW, each against PyTorch's or a loop of our own in plain words."""
+"""AdamW and clipping against PyTorch's or a formula; the norm of gradients that lie divided."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement
 
+from ridgeline.launch.pool import Pool
+from ridgeline.layout.layout import Layout
 from ridgeline.run import Optimizer
-from ridgeline.train.optimizer import IGNORED, adamw, clip_gradients, token_loss
+from ridgeline.torch_compat import as_parameter_of, forget_meshes
+from ridgeline.train.optimizer import adamw, clip, totals
+
+NOTHING = torch.zeros(())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A process group of this process alone."""
+    store = Path(tmp_path_factory.mktemp("alone")) / "store"
+    dist.init_process_group("gloo", f"file://{store}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+    forget_meshes()
 
 
 def _parameters(seed: int, scale: float) -> list[nn.Parameter]:
@@ -26,46 +47,105 @@ def _parameters(seed: int, scale: float) -> list[nn.Parameter]:
 @given(seed=st.integers(0, 1000), scale=st.floats(1e-3, 1e3), limit=st.floats(0.01, 10))
 def test_clipping_is_pytorchs(seed: int, scale: float, limit: float) -> None:
     ours, theirs = _parameters(seed, scale), _parameters(seed, scale)
-    norm = clip_gradients(ours, limit)
+    norm, loss = totals(ours, torch.tensor(2.5), Layout())
+    clip(ours, norm, limit)
     expected = nn.utils.clip_grad_norm_(theirs, limit)
-    assert torch.equal(norm, expected)
+    torch.testing.assert_close(norm, expected)
+    assert float(loss) == 2.5
     for mine, reference in zip(ours, theirs, strict=True):
         assert (mine.grad is None) == (reference.grad is None)
         if mine.grad is not None and reference.grad is not None:
             torch.testing.assert_close(mine.grad, reference.grad)
 
 
-def test_a_clip_norm_of_zero_leaves_gradients_and_still_tells_their_norm() -> None:
+def test_a_limit_of_zero_leaves_gradients() -> None:
     parameters, untouched = _parameters(0, 100.0), _parameters(0, 100.0)
-    squares = sum(float(p.grad.square().sum()) for p in untouched if p.grad is not None)
-    assert float(clip_gradients(parameters, 0)) == pytest.approx(math.sqrt(squares))
+    clip(parameters, totals(parameters, NOTHING, Layout())[0], 0.0)
     for mine, before in zip(parameters[:3], untouched[:3], strict=True):
         assert mine.grad is not None
         assert before.grad is not None
         assert torch.equal(mine.grad, before.grad)
 
 
-def test_the_loss_is_the_sum_of_nats_over_targets_that_count() -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits_BLV = torch.randn(2, 5, 7, generator=generator)
-    targets_BL = torch.randint(0, 7, (2, 5), generator=generator)
-    targets_BL[0, 1] = targets_BL[1, 4] = IGNORED
-    by_hand = 0.0
-    for row, column in ((b, t) for b in range(2) for t in range(5)):
-        target = int(targets_BL[row, column])
-        if target != IGNORED:
-            by_hand -= math.log(torch.softmax(logits_BLV[row, column].double(), 0)[target])
-    assert float(token_loss(logits_BLV, targets_BL)) == pytest.approx(by_hand, rel=1e-6)
-    assert token_loss(logits_BLV.bfloat16(), targets_BL).dtype == torch.float32
+def test_a_parameter_that_another_chunk_counts_is_clipped_and_not_counted() -> None:
+    parameters = _parameters(0, 100.0)
+    matrix, row, number = (float(p.grad.norm()) for p in parameters if p.grad is not None)
+    norm, _ = totals(parameters, NOTHING, Layout(), repeated=parameters[0])
+    assert float(norm) == pytest.approx(math.hypot(row, number))
+    clip(parameters, norm, 1.0)
+    assert parameters[0].grad is not None
+    assert float(parameters[0].grad.norm()) == pytest.approx(matrix / math.hypot(row, number))
 
 
-def test_a_batch_of_ignored_targets_adds_nothing() -> None:
-    logits_BLV = torch.randn(1, 3, 7, requires_grad=True)
-    loss = token_loss(logits_BLV, torch.full((1, 3), IGNORED))
-    loss.backward()  # type: ignore[no-untyped-call]
-    assert float(loss.detach()) == 0
-    assert logits_BLV.grad is not None
-    assert not logits_BLV.grad.any()
+SHAPES = ((6, 4), (5, 3), (1, 2))
+"""Of three matrices; halves of the second are uneven, of the third one is empty."""
+BOTH: list[list[Placement]] = [
+    [Replicate(), Replicate()],
+    [Shard(0), Replicate()],
+    [Replicate(), Shard(1)],
+    [Replicate(), Shard(0)],
+    [Shard(0), Shard(1)],
+    [Shard(1), Shard(0)],
+]
+"""How four ranks, two by two, may hold a matrix."""
+
+
+def whole_gradients() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randn(shape, generator=generator) for shape in SHAPES]
+
+
+def divided_totals(layout: Layout) -> list[tuple[float, float]]:
+    """As each of four ranks: (norm, summed loss) for every way to hold the matrices, and where they
+    are plain tensors that each rank holds."""
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("shard", "tensor"))
+    found = []
+    for placements in [*BOTH, None]:
+        parameters = []
+        for gradient in whole_gradients():
+            parameter, held = nn.Parameter(torch.zeros(gradient.shape)), gradient
+            if placements is not None:
+                parameter = as_parameter_of(parameter.detach(), mesh, placements)
+                held = as_parameter_of(gradient, mesh, placements).detach()
+            parameter.grad = held
+            parameters.append(parameter)
+        norm, loss = totals(parameters, torch.tensor(float(dist.get_rank())), layout)
+        found.append((float(norm), float(loss)))
+    dist.destroy_process_group()
+    forget_meshes()
+    return found
+
+
+def test_every_number_counts_once_whatever_divides_it(pool: Pool) -> None:
+    expected = math.sqrt(sum(float(each.square().sum()) for each in whole_gradients()))
+    layout = Layout.model_validate("dp2 tp2 zero1")
+    for by_placement in pool.run(divided_totals, (layout,), 4):
+        assert len(by_placement) == len(BOTH) + 1
+        for norm, loss in by_placement:
+            assert norm == pytest.approx(expected, rel=1e-6)
+            assert loss == 0 + 1 + 2 + 3
+
+
+def stage_totals(layout: Layout) -> tuple[float, float]:
+    """As each rank: (norm, loss) where every pipeline stage has one gradient of its own."""
+    dist.init_process_group("gloo")
+    stage = dist.get_rank() // (layout.world // layout.pipeline)
+    parameter = nn.Parameter(torch.zeros(2, 2))
+    parameter.grad = whole_gradients()[stage][:1, :2].expand(2, 2).clone()
+    norm, loss = totals([parameter], torch.tensor(1.0), layout)
+    dist.destroy_process_group()
+    return float(norm), float(loss)
+
+
+@pytest.mark.parametrize("sentence", ["pp2", "pp3", "dp2 pp2"])
+def test_stages_add_up(sentence: str, pool: Pool) -> None:
+    layout = Layout.model_validate(sentence)
+    stages = whole_gradients()[: layout.pipeline]
+    expected = math.sqrt(sum(2 * float(each[:1, :2].square().sum()) for each in stages))
+    for norm, loss in pool.run(stage_totals, (layout,), layout.world):
+        assert norm == pytest.approx(expected, rel=1e-6)
+        assert loss == layout.world
 
 
 def test_adamw_decays_matrices_only_and_follows_its_formula() -> None:
@@ -82,6 +162,26 @@ def test_adamw_decays_matrices_only_and_follows_its_formula() -> None:
         expected = before[name] * kept - 0.1 * 2.0 / (2.0 + 1e-3)
         torch.testing.assert_close(parameter.detach(), expected)
     assert [len(group["params"]) for group in optimizer.param_groups] == [1, 3]
+
+
+def test_parameters_of_two_meshes_are_updated_alike() -> None:
+    """Experts lie on a mesh of their own; one fused call takes DTensors of one mesh."""
+    model = nn.Sequential(*(nn.Linear(3, 2, bias=False) for _ in range(3)))
+    for layer, shape in zip(model, [None, (1,), (1, 1)], strict=True):
+        weight = torch.ones(2, 3)
+        if shape is None:
+            layer.weight = nn.Parameter(weight)
+        else:
+            mesh = init_device_mesh("cpu", shape)
+            layer.weight = as_parameter_of(weight, mesh, [Replicate()] * len(shape))
+        layer.weight.grad = torch.full_like(layer.weight, 2.0)
+    optimizer = adamw(model, Optimizer(lr=0.1, eps=1e-3, weight_decay=0.5))
+    optimizer.step()
+    for parameter in model.parameters():
+        value = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        expected = torch.full((2, 3), 1 - 0.1 * 0.5 - 0.1 * 2.0 / (2.0 + 1e-3))
+        torch.testing.assert_close(value.detach(), expected)
+    assert len(optimizer.param_groups) == 3
 
 
 def test_frozen_parameters_are_left_out() -> None:

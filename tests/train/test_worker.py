@@ -31,7 +31,7 @@ class Plain(nn.Module):
         self.dropout = nn.Dropout(0.2)
         self.head = nn.Linear(shape.hidden, shape.vocab)
 
-    def forward(self, tokens_BL: Tensor) -> Tensor:
+    def forward(self, tokens_BL: Tensor, positions_L: Tensor) -> Tensor:
         logits_BLV: Tensor = self.head(self.dropout(self.embedding(tokens_BL)))
         return logits_BLV
 
