@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from safetensors import safe_open
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch loads: tests share two cores
@@ -21,6 +22,10 @@ logging.disable(logging.DEBUG)  # PyTorch's checkpoint planner tells of every te
 from ridgeline.data.prepare import prepare  # noqa: E402
 from ridgeline.launch.pool import Pool  # noqa: E402
 from ridgeline.run import Data, Run, make_run  # noqa: E402
+
+# Time on a shared machine says nothing about a property.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 VOCAB = 320
 SEQUENCE = 32
