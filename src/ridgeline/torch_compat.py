@@ -45,6 +45,7 @@ __all__ = [
     "as_parameter_of",
     "attend_block",
     "attend_block_backward",
+    "compiled_graphs",
     "drop_gathered",
     "forget_meshes",
     "keeps_in_selective",
@@ -90,6 +91,16 @@ def forget_meshes() -> None:
     _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
     _redistribute._gen_transform_infos.cache_clear()
     MeshTopoInfo.build_from_mesh.cache_clear()
+
+
+def compiled_graphs() -> tuple[int, int]:
+    """Graphs that this process compiled so far, and places where it had to break one.
+
+    PyTorch's own counters: what was meant to be compiled and was not counts nothing.
+    """
+    from torch._dynamo.utils import counters
+
+    return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
 
 
 def unshard(module: nn.Module) -> None:

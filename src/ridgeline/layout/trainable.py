@@ -41,6 +41,13 @@ def trainable(layout: Layout, shape: ModelShape, sequence: int) -> None:
             "before) cannot do inside compiled blocks",
             f"'{layout.model_copy(update={'compile': False})}', or schedule 1f1b",
         )
+    if layout.compile and shape.experts and layout.precision not in ("bf16", "auto"):
+        raise LayoutError(
+            f"training layout '{layout}' for {shape.name}",
+            "PyTorch (2.13 and before) compiles the grouped matrix products of experts in bf16 "
+            "alone",
+            f"'{layout.model_copy(update={'precision': 'bf16'})}', or without compile",
+        )
     parts = layout.context * layout.tensor
     if sequence % parts:
         longer = -(-sequence // parts) * parts

@@ -20,6 +20,7 @@ from ridgeline.run import Optimizer, Run
 from ridgeline.torch_compat import Unfilled, local_part
 from ridgeline.train.agreement import Agreement
 from ridgeline.train.loop import Job, LossFunction
+from ridgeline.train.optimizer import LossScale
 from ridgeline.train.parallelize import PRECISIONS, Mesh, cut, make_mesh, parallelize
 from ridgeline.train.pipeline import Pipeline
 from ridgeline.train.telemetry import Clock
@@ -52,9 +53,18 @@ def make_job(
     chunks = list(pipeline.chunks.values())
     torch.manual_seed(run.seed + mesh.rank)  # for what a user's own decoder draws, as dropout
     model = chunks[0] if len(chunks) == 1 else nn.ModuleList(chunks)
-    optimizer = make_optimizer(model, run.optimizer)
-    agreement = Agreement(control)
-    return Job(run, mesh, pipeline, loss, optimizer, mixture, agreement, clock, stop_asked)
+    return Job(
+        run=run,
+        mesh=mesh,
+        pipeline=pipeline,
+        loss=loss,
+        optimizer=make_optimizer(model, run.optimizer),
+        loss_scale=LossScale() if run.layout.precision == "fp16" else None,
+        mixture=mixture,
+        agreement=Agreement(control),
+        clock=clock,
+        stop_asked=stop_asked,
+    )
 
 
 def mixture_of(run: Run) -> Mixture:

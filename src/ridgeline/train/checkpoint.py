@@ -47,9 +47,12 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from ridgeline.errors import CheckpointError
+from ridgeline.train.optimizer import LossScale
 
 FORMAT = "ridgeline-checkpoint-1"
 PREFIX = "step-"
+OPTIONAL = ("random.", "loss_scale")
+"""What a checkpoint of another layout or precision need not have."""
 MOVE_AWAY = "move this folder away: the run resumes from the checkpoint before it"
 
 
@@ -80,7 +83,11 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {f"model.{name}": value for name, value in named.items()}
 
 
-def tensors_of(chunks: Sequence[nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def tensors_of(
+    chunks: Sequence[nn.Module],
+    optimizer: torch.optim.Optimizer,
+    loss_scale: LossScale | None = None,
+) -> dict[str, Tensor]:
     """Name to tensor of all that a resumed run needs: weights, buffers, optimizer and random state.
 
     Shared parameters are named once. The optimizer's state must exist (see `make_state`).
@@ -93,6 +100,8 @@ def tensors_of(chunks: Sequence[nn.Module], optimizer: torch.optim.Optimizer) ->
                 tensors[f"optimizer.{name}.{key}"] = value
     rank = dist.get_rank() if dist.is_initialized() else 0
     tensors[f"random.{rank}"] = torch.get_rng_state()
+    if loss_scale is not None:
+        tensors["loss_scale"] = loss_scale.state
     return tensors
 
 
@@ -145,7 +154,7 @@ def load(path: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | N
         for name in tensors
     }
     wanted = {n: v for n, v in tensors.items() if there[n] in manifest["tensors"]}
-    if missing := [n for n in tensors if n not in wanted and not n.startswith("random.")]:
+    if missing := [n for n in tensors if n not in wanted and not n.startswith(OPTIONAL)]:
         raise CheckpointError(
             f"checkpoint {path}",
             f"it has no {missing[0]!r} ({len(missing)} tensors are missing)",

@@ -20,7 +20,7 @@ from ridgeline.torch_compat import drop_gathered
 from ridgeline.train.agreement import Agreement
 from ridgeline.train.checkpoint import Progress
 from ridgeline.train.experts import set_loss_scale, update_router_bias
-from ridgeline.train.optimizer import clip, totals
+from ridgeline.train.optimizer import LossScale, clip, totals
 from ridgeline.train.parallelize import Mesh
 from ridgeline.train.pipeline import LossOf, Pipeline
 from ridgeline.train.schedule import batch_at, first_sample, learning_rate, run_fraction
@@ -42,6 +42,8 @@ class Job:
     """This rank's chunks of the model."""
     loss: LossFunction
     optimizer: torch.optim.Optimizer
+    loss_scale: LossScale | None
+    """In fp16."""
     mixture: Mixture
     agreement: Agreement
     clock: Clock
@@ -85,16 +87,19 @@ def train_loop(
         with clock.phase("data"):
             inputs, targets = fetch(job, step)
             valid = job.mesh.sum_over_replicas(valid_tokens(targets))
-            set_loss_scale(job.chunks, 1 / valid)
+            factor = job.loss_scale.factor if job.loss_scale else 1.0
+            set_loss_scale(job.chunks, factor / valid)
 
-        loss = job.pipeline.run(inputs, mean_loss(job.loss, targets, valid))
+        loss = job.pipeline.run(inputs, mean_loss(job.loss, targets, valid / factor))
 
         with clock.phase("optimizer"):
             parameters = [p for chunk in job.chunks for p in chunk.parameters()]
             repeated = sum_tied(job.pipeline) if run.model.tied else None
-            norm, loss = totals(parameters, job.counted(loss), job.layout, repeated)
-            clip(parameters, norm, run.optimizer.clip_norm)
-            optimizer.step()
+            both = totals(parameters, job.counted(loss), job.layout, repeated)
+            norm, loss = (each / factor for each in both)
+            clip(parameters, norm, run.optimizer.clip_norm, factor)
+            if job.loss_scale is None or job.loss_scale.accepts(norm):
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             update_router_bias(job.chunks, partial(job.mesh.sum_over_replicas, tensor=True))
 

@@ -64,10 +64,44 @@ def totals(
     return squares[0].sqrt(), squares[1]
 
 
-def clip(parameters: Iterable[nn.Parameter], norm: Tensor, most: float) -> None:
-    """Scale gradients so that their norm is at most `most`; 0 leaves them."""
-    if most:
-        scale = (most / (norm + 1e-6)).clamp(max=1.0)
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
-        torch._foreach_mul_(local, scale)
+def clip(
+    parameters: Iterable[nn.Parameter], norm: Tensor, most: float, factor: float = 1.0
+) -> None:
+    """Divide gradients by `factor`, and scale them so that their norm, `norm` before, is then at
+    most `most`; 0 scales nothing."""
+    scale = (most / (norm + 1e-6)).clamp(max=1.0) if most else torch.ones_like(norm)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+    if most or factor != 1.0:
+        torch._foreach_mul_(local, scale / factor)
+
+
+class LossScale:
+    """What fp16 multiplies losses by, so that small gradients are not rounded to zero.
+
+    Halved when a gradient overflows, and that step is left out; doubled after `PATIENCE` steps
+    without (arXiv:1710.03740, section 3.2). `state`: (2,) factor and steps since it changed, for
+    a checkpoint.
+    """
+
+    START, PATIENCE = 2.0**16, 2000
+
+    def __init__(self) -> None:
+        self.state = torch.tensor([self.START, 0.0])
+
+    @property
+    def factor(self) -> float:
+        """By what losses are multiplied now."""
+        return float(self.state[0])
+
+    def accepts(self, norm: Tensor) -> bool:
+        """Whether a step with this gradient norm counts; the next factor. Waits for the device."""
+        finite = bool(torch.isfinite(norm))
+        steps = float(self.state[1]) + 1
+        if not finite:
+            self.state.copy_(torch.tensor([self.factor / 2, 0.0]))
+        elif steps >= self.PATIENCE:
+            self.state.copy_(torch.tensor([self.factor * 2, 0.0]))
+        else:
+            self.state[1] = steps
+        return finite

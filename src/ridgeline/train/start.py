@@ -18,7 +18,9 @@ from ridgeline.launch.local import (
     warm_up,
 )
 from ridgeline.layout.arithmetic import check
+from ridgeline.layout.grid import RankGrid
 from ridgeline.layout.layout import Layout
+from ridgeline.layout.stages import chunks_of
 from ridgeline.layout.trainable import trainable
 from ridgeline.machine.device import device as device_named
 from ridgeline.model.decoder import Decoder
@@ -157,3 +159,10 @@ def _announce(run: Run, reasons: dict[str, str]) -> None:
     console.print(f"run {run.path}  model {run.model.name}  layout {run.layout}", markup=False)
     for name, reason in reasons.items():
         console.print(f"  {name}: {reason}", markup=False)
+    assert isinstance(run.layout, Layout)
+    for line in RankGrid(run.layout).describe(local_processes() if started_by_launcher() else None):
+        console.print(f"  {line}", markup=False)
+    if run.layout.pipeline > 1:
+        cuts = chunks_of(run.layout, run.model, run.sequence)
+        layers = " ".join(str(len(chunk.layers)) for chunk in cuts)
+        console.print(f"  layers of each chunk, along the model: {layers}", markup=False)

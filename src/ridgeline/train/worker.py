@@ -26,7 +26,7 @@ from ridgeline.machine.device import device as device_named
 from ridgeline.machine.device import recognise
 from ridgeline.model.counts import flops_per_token
 from ridgeline.run import Run
-from ridgeline.torch_compat import HashStore, forget_meshes, name_of
+from ridgeline.torch_compat import HashStore, compiled_graphs, forget_meshes, name_of
 from ridgeline.train import checkpoint
 from ridgeline.train.build import (
     MakeDecoder,
@@ -120,7 +120,7 @@ def _resume(job: Job, group: dist.ProcessGroup | None) -> Progress:
     if path is None:
         return Progress(data=job.mixture.fingerprint)
     checkpoint.make_state(job.optimizer)
-    tensors = checkpoint.tensors_of(job.chunks, job.optimizer)
+    tensors = checkpoint.tensors_of(job.chunks, job.optimizer, job.loss_scale)
     return checkpoint.load(path, tensors, group)
 
 
@@ -183,6 +183,7 @@ class Keeper:
         self.group = group
         self.recorder = recorder
         self.held_out: float | None = None
+        self.told_graphs = False
 
     def run(self, progress: Progress) -> Outcome:
         """Train to the end or to a stop."""
@@ -210,6 +211,11 @@ class Keeper:
         seconds = self.job.clock.take()
         if self.recorder:
             self.recorder.step(seen, loss, seconds)
+            if self.job.layout.compile and not self.told_graphs:
+                self.told_graphs = True
+                graphs, breaks = compiled_graphs()
+                self.recorder.event(seen.progress, "compiled", graphs=graphs, graph_breaks=breaks)
+                self.recorder.say(f"compiled: {graphs} graphs, {breaks} graph breaks")
 
     def after_step(self, progress: Progress, complete: bool, stop: bool) -> None:
         """Evaluate and save when due; one who asked to stop waits for the checkpoint only."""
@@ -236,7 +242,8 @@ class Keeper:
     def save(self, progress: Progress) -> None:
         """Save a checkpoint of all ranks and drop old ones."""
         folder = checkpoints_of(self.job.run.path)
-        tensors = checkpoint.tensors_of(self.job.chunks, self.job.optimizer)
+        job = self.job
+        tensors = checkpoint.tensors_of(job.chunks, job.optimizer, job.loss_scale)
         path = checkpoint.save(folder, tensors, progress, self.group)
         if self.recorder:
             checkpoint.keep_newest(folder, self.job.run.checkpoint.keep)
