@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 # In-process store of a one-member group, and the store behind env://; re-exported by
-# torch.distributed only conditionally. Tested on 2.13.0.
+# torch.distributed only conditionally. Tested on 2.11.0 and 2.13.0.
 from torch._C._distributed_c10d import HashStore, TCPStore
 from torch.distributed import ProcessGroup
 
 # FSDP2's replicate: DDP semantics on FSDP2's engine, with its mixed precision. Private path.
-# Tested on 2.13.0.
+# Tested on 2.11.0 and 2.13.0.
 from torch.distributed._composable.replicate_with_fsdp import ReplicateModule
 from torch.distributed._composable.replicate_with_fsdp import replicate as _replicate
 
-# The all-to-all that autograd and the compiler know. Private path. Tested on 2.13.0.
+# The all-to-all that autograd and the compiler know. Private path. Tested on 2.11.0 and 2.13.0.
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-# Backward in two halves, for the input and for the weights. Private path. Tested on 2.13.0.
-from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
-
-# What DTensor remembers between calls. Private paths. Tested on 2.13.0.
+# What DTensor remembers between calls. Private paths. Tested on 2.11.0 and 2.13.0.
 from torch.distributed.tensor import DTensor, Shard, _redistribute, distribute_tensor
 from torch.distributed.tensor._collective_utils import MeshTopoInfo
 
-# Which part of a DTensor is here. Private path. Tested on 2.13.0.
+# Which part of a DTensor is here. Private path. Tested on 2.11.0 and 2.13.0.
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.distributed.tensor.placement_types import Placement
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointPolicy
@@ -48,6 +44,7 @@ __all__ = [
     "compiled_graphs",
     "drop_gathered",
     "forget_meshes",
+    "input_half",
     "keeps_in_selective",
     "local_offset",
     "local_part",
@@ -57,9 +54,8 @@ __all__ = [
     "reduce_now",
     "replicate",
     "shard",
-    "stage_backward_input",
-    "stage_backward_weight",
     "unshard",
+    "weight_half",
 ]
 
 
@@ -86,11 +82,37 @@ def forget_meshes() -> None:
     """Drop what DTensor remembers of meshes whose process groups are gone.
 
     A later mesh of the same ranks equals the earlier one, so its messages would go to groups that
-    were destroyed. Private names. Tested on 2.13.0.
+    were destroyed. Private names. Tested on 2.11.0 and 2.13.0.
     """
+    # Imported here, because it loads the compiler.
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
     _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
     _redistribute._gen_transform_infos.cache_clear()
     MeshTopoInfo.build_from_mesh.cache_clear()
+
+
+def input_half(
+    made: Tensor, gradient: Tensor | None, given: Tensor, weights: Iterator[nn.Parameter]
+) -> tuple[Tensor, Any]:
+    """Backward of `made` for its input `given` alone, and what the weights' half needs.
+
+    torch.distributed.pipelining's own, imported here because it loads the compiler. Private path.
+    Tested on 2.11.0 and 2.13.0.
+    """
+    from torch.distributed.pipelining._backward import stage_backward_input
+
+    gradients = None if gradient is None else [gradient]
+    (found,), groups = stage_backward_input([made], gradients, [given], weights)
+    assert found is not None
+    return found, groups
+
+
+def weight_half(weights: Iterator[nn.Parameter], groups: Any) -> None:
+    """The other half: gradients of the weights are added to their `grad`."""
+    from torch.distributed.pipelining._backward import stage_backward_weight
+
+    stage_backward_weight(weights, groups)
 
 
 def compiled_graphs() -> tuple[int, int]:

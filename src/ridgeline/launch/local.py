@@ -164,8 +164,10 @@ def _first_error(failure: ChildFailedError, faults: Path) -> errors.RidgelineErr
         error: errors.RidgelineError = getattr(errors, record["kind"])(*record["words"])
         return error
     rank, first = failure.get_first_failure()
+    said: Any = first.message  # a rank's own error and its traceback, or words of the agent
+    words = str(said.get("message") if isinstance(said, dict) else said).strip()
     return errors.LaunchError(
         f"rank {rank} (process {first.pid}) died",
-        f"exit code {first.exitcode}: {str(first.message).strip().splitlines()[0]}",
+        f"exit code {first.exitcode}: {words.splitlines()[0]}",
         "its traceback stands above",
     )

@@ -146,6 +146,8 @@ def _serve(connection: Connection) -> None:
     """A worker: answer calls until one fails, or until the parent closes or dies."""
     import torch
 
+    from ridgeline.torch_compat import forget_meshes
+
     threading.Thread(target=end_with_parent, daemon=True).start()
     while True:
         try:
@@ -156,6 +158,7 @@ def _serve(connection: Connection) -> None:
         torch.set_num_threads(threads_per_process(int(environment["LOCAL_WORLD_SIZE"])))
         try:
             connection.send(function(*arguments))
+            forget_meshes()  # the next call's groups are others
         except errors.RidgelineError as error:
             connection.send(_Failure(time.monotonic(), error))
             raise SystemExit(error.exit_status) from None

@@ -23,7 +23,6 @@ from ridgeline.layout.layout import Axis, Layout
 from ridgeline.layout.stages import Chunk
 from ridgeline.model.shape import ModelShape
 from ridgeline.torch_compat import keeps_in_selective, replicate, shard
-from ridgeline.train.context import ContextAttention
 from ridgeline.train.experts import count_whole_sequences, divide_experts, mixtures
 from ridgeline.train.tensor import divide_tensors
 
@@ -120,6 +119,8 @@ def parallelize(model: nn.Module, shape: ModelShape, mesh: Mesh) -> None:
     parts = getattr(model, "blocks", None)
     blocks = list(parts.values()) if isinstance(parts, nn.ModuleDict) else []
     if mesh.sequences is not None:
+        from ridgeline.train.context import ContextAttention  # it loads the compiler
+
         group = mesh.sequences["context"].get_group()
         attend = ContextAttention(group, kind_of(layout, shape))
         for module in model.modules():

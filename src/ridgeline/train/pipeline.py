@@ -20,12 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from ridgeline.layout.layout import Layout
 from ridgeline.layout.schedules import pipeline_schedule
 from ridgeline.layout.transfers import Step, Transfer, with_transfers
-from ridgeline.torch_compat import (
-    reduce_now,
-    stage_backward_input,
-    stage_backward_weight,
-    unshard,
-)
+from ridgeline.torch_compat import input_half, reduce_now, unshard, weight_half
 
 LossOf = Callable[[Tensor, int], Tensor]
 """(output of the last chunk, micro-batch) -> what is differentiated and summed."""
@@ -136,32 +131,22 @@ class Pipeline:
             if kind == "I":
                 groups = None
                 if split:
-                    gradients, groups = self._input_half(module, kept, gradient)
-                    self.here["B", chunk - 1, micro_batch] = gradients
+                    unshard(module)
+                    prepare(module, self.layout.zero, reduce=False, last=False)
+                    given, groups = input_half(kept.made, gradient, kept.given, module.parameters())
+                    self.here["B", chunk - 1, micro_batch] = given
                 self.kept[chunk, micro_batch] = kept._replace(gradient=gradient, groups=groups)
                 return
             prepare(module, self.layout.zero, reduce=last or self.layout.zero >= 2, last=last)
             if split:
                 unshard(module)
-                stage_backward_weight(module.parameters(), kept.groups)
+                weight_half(module.parameters(), kept.groups)
                 reduce_now(module)
                 return
             torch.autograd.backward(kept.made, gradient)
             if chunk > 0:
                 assert kept.given.grad is not None
                 self.here["B", chunk - 1, micro_batch] = kept.given.grad
-
-    def _input_half(
-        self, module: nn.Module, kept: Kept, gradient: Tensor | None
-    ) -> tuple[Tensor, Any]:
-        unshard(module)
-        prepare(module, self.layout.zero, reduce=False, last=False)
-        gradients = None if gradient is None else [gradient]
-        (given,), groups = stage_backward_input(
-            [kept.made], gradients, [kept.given], module.parameters()
-        )
-        assert given is not None
-        return given, groups
 
     def _take(self, what: str, chunk: int, micro_batch: int) -> Tensor:
         """What a neighbour made for `chunk`: on this rank, or waited for."""

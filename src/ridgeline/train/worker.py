@@ -26,7 +26,7 @@ from ridgeline.machine.device import device as device_named
 from ridgeline.machine.device import recognise
 from ridgeline.model.counts import flops_per_token
 from ridgeline.run import Run
-from ridgeline.torch_compat import HashStore, compiled_graphs, forget_meshes, name_of
+from ridgeline.torch_compat import HashStore, compiled_graphs, name_of
 from ridgeline.train import checkpoint
 from ridgeline.train.build import (
     MakeDecoder,
@@ -111,7 +111,6 @@ def process_group() -> Iterator[tuple[torch.device, dist.ProcessGroup | None]]:
             dist.destroy_process_group()
         raise
     dist.destroy_process_group()
-    forget_meshes()
 
 
 def _resume(job: Job, group: dist.ProcessGroup | None) -> Progress:
