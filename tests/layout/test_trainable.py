@@ -25,6 +25,8 @@ REFUSALS = [
     ("dp2 fp8", 64, "8 bits can be planned", "'dp2 bf16'"),
     ("dp2 ep2 tp2 etp2", 64, "every tensor rank holds whole ones", "'dp2 tp2 ep2'"),
     *((f"pp2 compile {split}", 64, "in two halves", "schedule 1f1b") for split in SPLIT),
+    *((f"pp2 selective {split}", 64, "for one backward pass alone", "full") for split in SPLIT),
+    ("pp2 gpipe v2", 64, "gpipe has one chunk per rank", "1f1b v2"),
     ("dp2 compile fp32", 64, "experts in bf16 alone", "'dp2 bf16 compile'"),
     ("cp2 tp4", 36, "cp·tp = 2·4 equal parts of a sequence: 36 is not a multiple of 8", "40"),
     ("cp3", 63, "63 is not a multiple of 6", "a sequence of 60 or 66"),
