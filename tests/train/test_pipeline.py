@@ -29,5 +29,5 @@ def test_each_chunk_of_the_cut_is_worked_on_by_one_rank(schedule: Schedule, pipe
 
 @pytest.mark.parametrize("schedule", get_args(Schedule))
 def test_without_a_pipeline_each_micro_batch_goes_forward_and_back(schedule: Schedule) -> None:
-    expected = [Action(kind, 0, k) for k in range(3) for kind in ("F", "B")]  # type: ignore[arg-type]
+    expected = [Action(kind, 0, k) for k in range(3) for kind in ("F", "B")]
     assert list(steps_of(Layout(schedule=schedule), 0, 3, True)) == expected
