@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, Literal
@@ -31,9 +32,9 @@ from ridgeline.plan.question import (
     with_own_layout,
 )
 from ridgeline.plan.remedies import indivisible, too_small
-from ridgeline.plan.search import different, search
+from ridgeline.plan.search import Found, different, search
 from ridgeline.plan.sent import sent
-from ridgeline.plan.space import MOST_MICRO_BATCH, divisors, space
+from ridgeline.plan.space import divisors, space
 from ridgeline.plan.step import Step, step
 from ridgeline.run import Run
 
@@ -92,7 +93,7 @@ class Plan:
     asked_fitting: Planned | None
     """Where that does not fit: the nearest change of it that does."""
     best_trainable: Planned | None
-    """The fastest that today's trainer can run and that fits."""
+    """The first in this rank that fits and that today's trainer can run."""
     totals: Cost | None
     """Days, money and energy of the first layout in full; None without a token budget."""
     baseline_s: float
@@ -139,7 +140,8 @@ def plan(
         raise too_small(asked, found)
     if layout:
         check(layout, asked.shape, asked.sequence, asked.global_batch, asked.devices)
-    rows = np.array(different(found, objective)[:top], dtype=np.intp)
+    ranked = different(found, objective)
+    rows = np.array(ranked[:top], dtype=np.intp)
     pool = _priced(
         asked, found.layouts.take(rows), found.steps.take(rows), found.memories.take(rows)
     )
@@ -157,7 +159,7 @@ def plan(
         rank,
         own,
         _fitting(asked, own.layout) if own and not own.fits else None,
-        _best_trainable(asked),
+        _best_trainable(asked, found, ranked),
         _totals(asked, found.steps, int(rows[0]), pool[0].mfu),
         _flops(asked, "full") / asked.devices / NAIVE_SHARE / peak(asked.cluster, asked.precision),
         found.space,
@@ -304,17 +306,13 @@ def _fitting(asked: Question, own: Layout) -> Planned | None:
     return min(fits, key=changes, default=None)
 
 
-def _best_trainable(asked: Question) -> Planned | None:
-    """The fastest layout that fits, of those today's trainer can run."""
-    tried = [
-        Layout.model_validate(
-            {"data": asked.devices, "micro_batch": mb, "precision": asked.precision}
-        )
-        for mb in range(1, MOST_MICRO_BATCH + 1)
-        if asked.global_batch % (asked.devices * mb) == 0
-    ]
-    priced = [each for each in price(asked, tried) if each.fits and each.trainable] if tried else []
-    return min(priced, key=lambda each: each.step_s, default=None)
+def _best_trainable(asked: Question, found: Found, ranked: Sequence[int]) -> Planned | None:
+    """The first of the ranked layouts that today's trainer can run."""
+    for row in ranked:
+        layout = found.layouts.layout(row, asked.precision)
+        if is_trainable(layout, asked.shape, asked.sequence):
+            return price(asked, [layout])[0]
+    return None
 
 
 def _cost(each: Planned, rank: Rank) -> float | None:

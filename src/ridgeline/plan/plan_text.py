@@ -35,8 +35,9 @@ def table(plan: Plan) -> str:
             over = plan.asked.memory_bytes - USABLE * plan.asked.capacity_bytes
             lines += [f"the nearest to it that fits ({size(over)} less):"]
             lines += [row(plan.asked_fitting) if plan.asked_fitting else "  none on the same mesh"]
-    lines += ["the best that this version can train:"]
-    lines += [row(plan.best_trainable) if plan.best_trainable else "  none fits"]
+    if not any(each.trainable for each in plan.layouts):
+        lines += ["the best that this version can train:"]
+        lines += [row(plan.best_trainable) if plan.best_trainable else "  none of the best"]
     lines += [
         "",
         f"naive baseline, FLOPs / (0.5 · peak): {_seconds(plan.baseline_s)} a step",
@@ -162,14 +163,14 @@ def _differs(one: Planned, other: Planned) -> bool:
 def run_of(plan: Plan, base: Run | None) -> str:
     """A run file with the best layout that this version can train.
 
-    Raises PlanError where none fits.
+    Raises PlanError where it can train none.
     """
     asked, best = plan.question, plan.best_trainable
     if best is None:
         raise PlanError(
             f"a run file for {asked.shape.name} on {asked.devices} devices",
-            "of the layouts that fit, this version can train none: it has dp and mb only",
-            "a smaller model, or a plan without --write",
+            "of the best layouts that fit, this version can train none",
+            "`ridgeline train` with one of them says why; or a plan without --write",
         )
     if base is not None:
         changed = base.model_copy(update={"layout": best.layout, "cluster": _machine(asked)})
