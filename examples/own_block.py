@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -35,6 +36,9 @@ class ParallelBlock(nn.Module):
 
 class ParallelDecoder(Decoder):
     """The decoder with parallel blocks."""
+
+    # Names to what tensor parallelism does there: ours, and those of the parts taken over.
+    tensor_parallel: ClassVar = Decoder.tensor_parallel | {"blocks.*.norm": "sequence"}
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__(shape)

@@ -25,6 +25,9 @@ REFUSALS = [
     ("dp2 fp8", 64, "8 bits can be planned", "'dp2 bf16'"),
     ("dp2 ep2 tp2 etp2", 64, "every tensor rank holds whole ones", "'dp2 tp2 ep2'"),
     *((f"pp2 compile {split}", 64, "in two halves", "schedule 1f1b") for split in SPLIT),
+    *((f"pp2 selective {split}", 64, "for one backward pass alone", "full") for split in SPLIT),
+    ("pp2 gpipe v2", 64, "gpipe has one chunk per rank", "1f1b v2"),
+    ("dp2 compile fp32", 64, "experts in bf16 alone", "'dp2 bf16 compile'"),
     ("cp2 tp4", 36, "cp·tp = 2·4 equal parts of a sequence: 36 is not a multiple of 8", "40"),
     ("cp3", 63, "63 is not a multiple of 6", "a sequence of 60 or 66"),
     ("pp16", 64, "each of the 16 chunks of its pipeline", "at most 8 chunks in all"),
@@ -58,7 +61,7 @@ def test_latent_attention_is_refused_by_the_models_name() -> None:
 @pytest.mark.parametrize(
     "sentence",
     [
-        "dp2 compile 1f1b pp2", "pp2 compile gpipe", "pp2 v2 compile", "compile zbh1",
+        "dp2 compile pp2 bf16", "pp2 compile gpipe", "pp2 v2 compile bf16", "compile zbh1",
         *(f"pp4 {split}" for split in SPLIT),
         "dp2 tp2 pp2 cp2 ep4 zero3 full bf16", "dp4 zero3/2 selective fp16", "cp8", "tp4 cp2",
     ],

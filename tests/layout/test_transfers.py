@@ -41,8 +41,9 @@ def replay(schedule: PipelineSchedule, program: tuple[tuple[Step, ...], ...]) ->
     while moved:
         moved = False
         for rank, steps in enumerate(todo):
-            while steps and isinstance(steps[0], Action):
-                kind, chunk, k = action = steps.popleft()
+            while steps and isinstance(action := steps[0], Action):
+                steps.popleft()
+                kind, chunk, k = action
                 assert rank_of[chunk] == rank
                 if kind == "F":
                     assert chunk == 0 or (rank, "F", chunk, k) in here

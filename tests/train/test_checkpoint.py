@@ -18,7 +18,7 @@ from ridgeline.errors import CheckpointError
 from ridgeline.run import Optimizer
 from ridgeline.train import checkpoint
 from ridgeline.train.checkpoint import Progress, keep_newest, load, make_state, newest, save
-from ridgeline.train.optimizer import adamw
+from ridgeline.train.optimizer import LossScale, adamw
 
 
 def some_tensors(seed: int = 0) -> dict[str, Tensor]:
@@ -222,6 +222,23 @@ def test_weights_buffers_optimizer_and_random_state_are_all_that_is_saved(tmp_pa
     drawn = torch.rand(3)
     load(path, checkpoint.tensors_of([model], optimizer), None)
     assert torch.equal(torch.rand(3), drawn)  # the generator stands where it stood
+
+
+def test_a_loss_scale_is_saved_and_may_be_missing(tmp_path: Path) -> None:
+    """Missing where the run went on in another precision."""
+    model = Tied()
+    optimizer = adamw(model, Optimizer())
+    make_state(optimizer)
+    scale, other = LossScale(), LossScale()
+    scale.accepts(torch.tensor(float("inf")))
+    path = save(tmp_path, checkpoint.tensors_of([model], optimizer, scale), Progress(step=1), None)
+    load(path, checkpoint.tensors_of([model], optimizer, other), None)
+    assert torch.equal(other.state, scale.state)
+    assert other.factor == LossScale.START / 2
+    load(path, checkpoint.tensors_of([model], optimizer), None)
+    without = save(tmp_path, checkpoint.tensors_of([model], optimizer), Progress(step=2), None)
+    load(without, checkpoint.tensors_of([model], optimizer, fresh := LossScale()), None)
+    assert fresh.factor == LossScale.START
 
 
 def test_creating_the_optimizers_state_changes_no_weight() -> None:

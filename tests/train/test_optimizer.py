@@ -20,7 +20,7 @@ from ridgeline.launch.pool import Pool
 from ridgeline.layout.layout import Layout
 from ridgeline.run import Optimizer
 from ridgeline.torch_compat import as_parameter_of, forget_meshes
-from ridgeline.train.optimizer import adamw, clip, totals
+from ridgeline.train.optimizer import LossScale, adamw, clip, totals
 
 NOTHING = torch.zeros(())
 
@@ -65,6 +65,39 @@ def test_a_limit_of_zero_leaves_gradients() -> None:
         assert mine.grad is not None
         assert before.grad is not None
         assert torch.equal(mine.grad, before.grad)
+
+
+@pytest.mark.parametrize("most", [0.0, 0.5, 1e9])
+def test_what_the_loss_was_scaled_by_is_divided_out(most: float) -> None:
+    plain, scaled = _parameters(0, 1.0), _parameters(0, 1024.0)
+    norm, _ = totals(plain, NOTHING, Layout())
+    again, _ = totals(scaled, NOTHING, Layout())
+    clip(plain, norm, most)
+    clip(scaled, again / 1024, most, 1024.0)
+    for mine, reference in zip(scaled[:3], plain[:3], strict=True):
+        torch.testing.assert_close(mine.grad, reference.grad)
+
+
+def test_an_overflow_halves_the_loss_scale_and_leaves_the_step_out() -> None:
+    scale = LossScale()
+    start = scale.factor
+    assert [scale.accepts(torch.tensor(x)) for x in (1.0, math.inf, math.nan, 0.0)] == [
+        True, False, False, True,
+    ]  # fmt: skip
+    assert scale.factor == start / 4
+
+
+def test_many_steps_without_overflow_double_the_loss_scale() -> None:
+    scale = LossScale()
+    start = scale.factor
+    for _ in range(LossScale.PATIENCE - 1):
+        scale.accepts(torch.ones(()))
+    scale.accepts(torch.tensor(math.inf))  # the counting starts anew
+    for _ in range(LossScale.PATIENCE - 1):
+        scale.accepts(torch.ones(()))
+    assert scale.factor == start / 2
+    scale.accepts(torch.ones(()))
+    assert scale.factor == start
 
 
 def test_a_parameter_that_another_chunk_counts_is_clipped_and_not_counted() -> None:

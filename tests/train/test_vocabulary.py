@@ -89,11 +89,11 @@ def test_a_batch_of_ignored_targets_adds_nothing() -> None:
     assert not gradient_BLV.any()
 
 
-class Largest(TorchDispatchMode):
+class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The most elements of any tensor that an operation makes on this rank."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.elements = 0
 
     def __torch_dispatch__(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +18,7 @@ from ridgeline.model.counts import parameters
 from ridgeline.model.shape import ModelShape
 from ridgeline.run import Run
 from ridgeline.train.build import without_memory
+from ridgeline.train.optimizer import LossScale
 
 MakeRun = Callable[..., Run]
 RowsOf = Callable[..., list[dict[str, Any]]]
@@ -86,8 +89,11 @@ def test_baselines_of_other_weights_are_not_shown(tiny_run: MakeRun, rows_of: Ro
     assert rows_of(other, "event")[0]["baselines"] is None
 
 
-def test_bf16_keeps_master_weights_and_optimizer_in_float32(tiny_run: MakeRun) -> None:
-    run = tiny_run(layout="mb4 bf16")
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_16_bits_keep_master_weights_and_optimizer_in_float32(
+    tiny_run: MakeRun, precision: str
+) -> None:
+    run = tiny_run(layout=f"mb4 {precision}")
     ridgeline.train(run)
     manifest = json.loads((run.path / "checkpoints/step-00000004/manifest.json").read_text())
     kinds = {
@@ -96,14 +102,37 @@ def test_bf16_keeps_master_weights_and_optimizer_in_float32(tiny_run: MakeRun) -
         if not name.startswith("random.")
     }
     assert set(kinds.values()) == {"float32"}
+    assert ("loss_scale" in kinds) == (precision == "fp16")
 
 
-def test_bf16_learns_almost_as_float32(tiny_run: MakeRun, rows_of: RowsOf) -> None:
+@pytest.mark.parametrize(("short", "apart"), [("bf16", 0.03), ("fp16", 0.005)])
+def test_16_bits_learn_almost_as_float32(
+    tiny_run: MakeRun, rows_of: RowsOf, short: str, apart: float
+) -> None:
+    """bf16 has 8 significant bits, fp16 has 11: single losses differ, learning does not."""
     curves = []
-    for precision in ("fp32", "bf16"):
+    for precision in ("fp32", short):
         run = tiny_run(name=precision, layout=f"mb4 {precision}", budget={"steps": 12})
         ridgeline.train(run)
         curves.append([row["loss"] for row in rows_of(run, "loss")])
     assert curves[1] != curves[0]
-    # bf16 has 8 significant bits: single losses differ by up to some of 2**-8, learning does not.
-    assert curves[1] == pytest.approx(curves[0], rel=0.03)
+    assert curves[1] == pytest.approx(curves[0], rel=apart)
+
+
+def test_a_step_that_overflows_in_fp16_is_left_out_and_halves_the_scale(
+    tiny_run: MakeRun,
+    rows_of: RowsOf,
+    last_tensors: LastTensors,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(LossScale, "START", 2.0**30)  # over 256 tokens: far above 65,504
+    run = tiny_run(layout="mb4 fp16", budget={"steps": 30}, schedule={"shape": "constant"})
+    ridgeline.train(run)
+    rows = rows_of(run, "loss")
+    norms = [row["grad_norm"] for row in rows]
+    left_out = [norm is None or not math.isfinite(norm) for norm in norms]
+    assert all(left_out[:5])
+    assert rows[5]["loss"] == pytest.approx(rows[0]["loss"], abs=0.05)  # nothing has moved
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
+    (factor, _) = struct.unpack("2f", last_tensors(run)["loss_scale@0"])
+    assert factor == 2.0 ** (30 - sum(left_out))

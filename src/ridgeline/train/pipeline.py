@@ -41,8 +41,12 @@ class Kept(NamedTuple):
 
 @lru_cache(maxsize=64)
 def steps_of(layout: Layout, rank: int, micro_batches: int, training: bool) -> tuple[Step, ...]:
-    """What pipeline rank `rank` does with its micro-batches, sends and receives included."""
-    schedule = pipeline_schedule(layout.schedule, layout.pipeline, micro_batches, layout.interleave)
+    """What pipeline rank `rank` does with its micro-batches, sends and receives included.
+
+    Without a pipeline there is one chunk, also where the schedule would fold the model in two.
+    """
+    name = layout.schedule if layout.pipeline > 1 else "1f1b"
+    schedule = pipeline_schedule(name, layout.pipeline, micro_batches, layout.interleave)
     return with_transfers(schedule, forward_only=not training)[rank]
 
 
