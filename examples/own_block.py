@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 import sys
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 import ridgeline
 from ridgeline.data.manifest import read_manifest
-from ridgeline.model.decoder import MLP, Attention, Decoder, Rope, make_norm
+from ridgeline.model.decoder import MLP, Attention, Decoder, Rope, TensorRule, make_norm
 from ridgeline.model.shape import ModelShape
 
 
@@ -35,6 +36,11 @@ class ParallelBlock(nn.Module):
 
 class ParallelDecoder(Decoder):
     """The decoder with parallel blocks."""
+
+    tensor_parallel: ClassVar[dict[str, TensorRule]] = {
+        **Decoder.tensor_parallel,  # of embedding, attention, MLP and head
+        "blocks.*.norm": "sequence",
+    }
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__(shape)

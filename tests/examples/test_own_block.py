@@ -7,9 +7,16 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+from examples.own_block import ParallelDecoder
+
 import ridgeline
+from ridgeline.launch.pool import Pool
+from ridgeline.run import Run
+from ridgeline.train.parity import parity
+from ridgeline.train.parity_text import table
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "own_block.py"
 SENTENCE = "a ridge line runs from peak to peak, and no step of it is lost"
@@ -52,3 +59,15 @@ def test_own_block_trains_on_two_processes_and_checks_itself(tmp_path: Path) -> 
     # a norm of 32 fewer in each of two blocks: it was our block that trained
     started = next(row for row in rows if row.get("event") == "started")
     assert started["parameters"] == 2 * 300 * 32 + 2 * (4 * 32**2 + 3 * 32 * 256 + 32) + 32
+
+
+def test_own_block_is_the_same_model_over_tensor_pipeline_and_shard(
+    tiny_run: Callable[..., Run], pool: Pool
+) -> None:
+    layouts = ("tp2 mb4", "pp2 mb2", "dp2 mb2 zero3", "dp2 tp2 pp2 mb2 zero1")
+    run = tiny_run(optimizer={"lr": 1e-2})
+    found = parity(run, layouts, 6, decoder=ParallelDecoder, pool=pool)
+    assert found.equal, table(found)
+    assert found.learnt_nats >= 0.5
+    ours = parity(run, ("dp1 mb8",), 1, pool=pool)
+    assert found.loss[0] != ours.loss[0]  # the example's model is another one
