@@ -16,11 +16,13 @@ from ridgeline.train.parity_text import table
 
 pytestmark = pytest.mark.system
 MakeRun = Callable[..., Run]
+STEPS = 6
 
 COMBINED = (
     "dp4 mb1 zero3/2", "tp2 pp2 mb4 v2", "tp2 cp2 mb4", "dp2 cp2 mb2 zero3/2", "cp2 pp2 mb4",
     "dp2 tp2 pp2 mb2 zero1", "dp2 tp2 cp2 mb2 zero2", "dp2 tp2 pp2 mb2 zero3 zbh1",
-    "cp2 tp2 pp2 mb4 zbv selective", "dp4 pp2 mb1 zero2/2 dualpipev", "dp2 tp2 mb2 zero3 full",
+    "cp2 tp2 pp2 mb4 zbv full", "cp2 tp2 pp2 mb4 selective",
+    "dp4 pp2 mb1 zero2/2 dualpipev", "dp2 tp2 mb2 zero3 full",
 )  # fmt: skip
 MODELS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "dense": (layouts.DENSE, (*COMBINED, "tp4 pp2 mb4", "cp4 tp2 mb8", "cp8 mb8")),
@@ -47,7 +49,7 @@ def test_every_layout_of_every_model_is_the_model_of_one_process(
 ) -> None:
     model, divided = MODELS[name]
     run = layouts.table_run(make_tiny_run, tmp_path, model)
-    found = parity(run, divided, pool=pool)
+    found = parity(run, divided, STEPS, pool=pool)
     assert found.equal, table(found)
     assert found.learnt_nats >= 0.5
 
@@ -58,7 +60,7 @@ def test_every_schedule_is_the_same_model_under_every_zero(
 ) -> None:
     run = layouts.table_run(make_tiny_run, tmp_path, layouts.GPT)
     divided = [f"dp2 pp2 mb1 {schedule} zero{zero}" for zero in range(4)]
-    found = parity(run, divided, 6, pool=pool)
+    found = parity(run, divided, STEPS, pool=pool)
     assert found.equal, table(found)
 
 
@@ -68,7 +70,7 @@ def test_ranks_in_another_order_are_the_same_model(
     run = layouts.table_run(make_tiny_run, tmp_path, layouts.MIXTURE)
     divided = [f"dp2 tp2 pp2 ep2 mb2 zero2 {order}" for order in ORDERS]
     divided += [f"dp2 cp2 tp2 ep4 mb2 {order}" for order in ORDERS]
-    found = parity(run, divided, 6, pool=pool)
+    found = parity(run, divided, STEPS, pool=pool)
     assert found.equal, table(found)
 
 
@@ -77,7 +79,7 @@ def test_compiled_blocks_are_the_same_model(
 ) -> None:
     run = layouts.table_run(make_tiny_run, tmp_path, layouts.DENSE)
     divided = ("mb4 compile", "dp2 mb2 zero3 compile", "tp2 mb4 compile", "pp2 mb4 full compile")
-    found = parity(run, divided, 6, pool=pool)
+    found = parity(run, divided, STEPS, pool=pool)
     assert found.equal, table(found)
 
 
@@ -86,7 +88,7 @@ def test_bf16_agrees_within_what_its_eight_bits_explain_in_every_layout(
     name: str, make_tiny_run: MakeRun, tmp_path: Path, pool: Pool
 ) -> None:
     run = layouts.table_run(make_tiny_run, tmp_path, MODELS[name][0], layout="mb4 bf16", lr=5e-3)
-    found = parity(run, COMBINED, pool=pool)
+    found = parity(run, COMBINED, STEPS, pool=pool)
     assert found.equal, table(found)
     assert found.learnt_nats >= 0.5
 

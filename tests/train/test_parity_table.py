@@ -209,6 +209,7 @@ REFUSED = {
     "pp8": "8 chunks holds at least one of 5 layers",
     "dp2 ep2": "ep divides the number of experts, 1",
     "pp2 mb4 zbv compile": "cannot do inside compiled blocks",
+    "pp2 mb4 zbh1 selective": "lets selective recomputation go backward once",
     "dq2": "a layout is words such as",
 }
 

@@ -41,6 +41,17 @@ def trainable(layout: Layout, shape: ModelShape, sequence: int) -> None:
             "before) cannot do inside compiled blocks",
             f"'{layout.model_copy(update={'compile': False})}', or schedule 1f1b",
         )
+    if (
+        layout.recompute == "selective"
+        and layout.schedule in SPLIT_BACKWARD
+        and layout.pipeline > 1
+    ):
+        raise LayoutError(
+            f"training layout '{layout}'",
+            f"{layout.schedule} computes a backward pass in two halves, and PyTorch (2.13 and "
+            "before) lets selective recomputation go backward once",
+            f"'{layout.model_copy(update={'recompute': 'full'})}', or schedule 1f1b",
+        )
     parts = layout.context * layout.tensor
     if sequence % parts:
         longer = -(-sequence // parts) * parts
