@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import ridgeline
 from ridgeline.data.manifest import read_manifest
-from ridgeline.model.decoder import MLP, Attention, Decoder, Rope, make_norm
+from ridgeline.model.decoder import MLP, Attention, Decoder, Rope, TensorRule, make_norm
 from ridgeline.model.shape import ModelShape
 
 
@@ -37,8 +37,10 @@ class ParallelBlock(nn.Module):
 class ParallelDecoder(Decoder):
     """The decoder with parallel blocks."""
 
-    # Names to what tensor parallelism does there: ours, and those of the parts taken over.
-    tensor_parallel: ClassVar = Decoder.tensor_parallel | {"blocks.*.norm": "sequence"}
+    tensor_parallel: ClassVar[dict[str, TensorRule]] = {
+        **Decoder.tensor_parallel,  # of embedding, attention, MLP and head
+        "blocks.*.norm": "sequence",
+    }
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__(shape)

@@ -9,7 +9,7 @@ Shape suffixes: B sequences of a micro-batch, L tokens of a sequence, V vocabula
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -17,15 +17,23 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ridgeline.data.indexed import Int64s
 from ridgeline.data.mixture import Mixture
 from ridgeline.launch.pool import Pool
+from ridgeline.layout.grid import holders
 from ridgeline.layout.layout import Layout
+from ridgeline.model import decoder as model_decoder
+from ridgeline.model import experts as model_experts
+from ridgeline.model.decoder import Rope, make_rope
+from ridgeline.model.shape import ModelShape
 from ridgeline.run import Run
-from ridgeline.train import loop
-from ridgeline.train.loop import LossFunction
-from ridgeline.train.optimizer import IGNORED, clip_gradients
+from ridgeline.train import loop, optimizer
+from ridgeline.train.loop import Job, LossFunction
+from ridgeline.train.pipeline import LossOf, Pipeline
+from ridgeline.train.tied import copies
+from ridgeline.train.vocabulary import IGNORED
 
 Witness = Callable[..., Any]
 Changed = Callable[..., Any]
@@ -59,14 +67,15 @@ class Changing(Pool):
 
 def ragged_targets(witness: Witness, *arguments: Any) -> Any:
     """No fault: every sample counts another number of its targets, so ranks hold different ones."""
-    whole = loop.split
+    everything = loop.split
 
-    def split(windows: object, device: torch.device) -> tuple[Tensor, Tensor]:
-        inputs_BL, targets_BL = whole(windows, device)
-        length = inputs_BL.shape[1]
-        kept_B1 = 1 + inputs_BL.sum(1, keepdim=True) % length
-        beyond_BL = torch.arange(length, device=device) >= kept_B1
-        return inputs_BL, targets_BL.masked_fill(beyond_BL, IGNORED)
+    def split(job: Job, windows: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        inputs, targets = everything(job, windows)
+        here_L = job.pipeline.positions
+        for window, targets_BL in zip(windows, targets, strict=True):
+            kept_B1 = 1 + window.sum(1, keepdim=True) % job.run.sequence
+            targets_BL.masked_fill_(here_L >= kept_B1, IGNORED)
+        return inputs, targets
 
     with patch.object(loop, "split", split):
         return witness(*arguments)
@@ -123,27 +132,58 @@ def one_rank_reports_another_loss(witness: Witness, *arguments: Any) -> Any:
     return seen
 
 
-def one_gradient_dropped(witness: Witness, *arguments: Any) -> Any:
-    """One parameter's gradient never reaches the optimizer."""
+def norm_counted_twice_over_tensor(witness: Witness, *arguments: Any) -> Any:
+    """Parameters that every tensor rank holds whole count once for each of them."""
 
-    def clip(parameters: Iterable[nn.Parameter], clip_norm: float) -> Tensor:
-        parameters = list(parameters)
-        norm = clip_gradients(parameters, clip_norm)
-        parameters[4].grad = None
-        return norm
+    def too_few(layout: Layout, parts: Sequence[int]) -> int:
+        return max(1, holders(layout, parts) // layout.tensor)
 
-    with patch.object(loop, "clip_gradients", clip):
+    with patch.object(optimizer, "holders", too_few):
         return witness(*arguments)
 
 
-def norm_counted_twice(witness: Witness, *arguments: Any) -> Any:
-    """The norm is √2 too large, and the gradients are clipped by it."""
-    right = torch.nn.utils.get_total_norm
+def tied_embedding_not_summed(witness: Witness, *arguments: Any) -> Any:
+    """First and last stage each keep the gradient of their own use of a tied embedding."""
+    with patch.object(loop, "sum_tied", lambda pipeline: copies(pipeline)[1]):
+        return witness(*arguments)
 
-    def doubled(tensors: Any, *options: Any) -> Tensor:
-        return right(tensors, *options) * 2**0.5
 
-    with patch.object(torch.nn.utils, "get_total_norm", doubled):
+def experts_not_summed_over_tensor(witness: Witness, *arguments: Any) -> Any:
+    """Each tensor rank keeps what its own tokens give a router and experts that all of them hold.
+
+    Ranks that held different gradients would drift apart: the largest difference of any shows.
+    """
+
+    def alone(weight: Tensor) -> Tensor:
+        return weight.to_local() if isinstance(weight, DTensor) else weight
+
+    with patch.object(model_experts, "here", alone):
+        return witness(*arguments)
+
+
+def positions_from_0_on_every_rank(witness: Witness, *arguments: Any) -> Any:
+    """Each context rank turns its slice of the sequence as if it were the first one."""
+
+    def first(shape: ModelShape, positions_L: Tensor) -> Rope:
+        return make_rope(shape, torch.arange(len(positions_L), device=positions_L.device))
+
+    with patch.object(model_decoder, "make_rope", first):
+        return witness(*arguments)
+
+
+def gradients_of_a_stage_dropped(witness: Witness, *arguments: Any) -> Any:
+    """What the second pipeline rank computed never reaches the norm and the optimizer."""
+    right = Pipeline.run
+
+    def run(
+        pipeline: Pipeline, tokens: Sequence[Tensor], loss_of: LossOf, training: bool = True
+    ) -> Tensor:
+        total = right(pipeline, tokens, loss_of, training)
+        if pipeline.rank == 1:
+            nn.ModuleList(pipeline.chunks.values()).zero_grad(set_to_none=False)
+        return total
+
+    with patch.object(Pipeline, "run", run):
         return witness(*arguments)
 
 

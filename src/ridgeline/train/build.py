@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ridgeline.data.mixture import Mixture, open_mixture
-from ridgeline.errors import ModelError
+from ridgeline.errors import LayoutError, ModelError
 from ridgeline.layout.layout import Layout
 from ridgeline.layout.schedules import pipeline_schedule
 from ridgeline.layout.stages import Chunk, chunks_of
@@ -24,6 +24,7 @@ from ridgeline.train.optimizer import LossScale
 from ridgeline.train.parallelize import PRECISIONS, Mesh, cut, make_mesh, parallelize
 from ridgeline.train.pipeline import Pipeline
 from ridgeline.train.telemetry import Clock
+from ridgeline.train.tensor import rules_of
 
 MakeDecoder = Callable[[ModelShape], nn.Module]
 MakeOptimizer = Callable[[nn.Module, Optimizer], torch.optim.Optimizer]
@@ -33,6 +34,19 @@ def without_memory(decoder: MakeDecoder, shape: ModelShape) -> nn.Module:
     """The decoder on the meta device: its names and shapes, and no values."""
     with torch.device("meta"), Unfilled():
         return decoder(shape)
+
+
+def check_decoder(model: nn.Module, layout: Layout) -> None:
+    """Raise LayoutError when a decoder cannot be divided as `layout` asks, before any process."""
+    if layout.tensor > 1:
+        rules_of(model, layout.tensor)
+    if layout.pipeline > 1 and not isinstance(getattr(model, "blocks", None), nn.ModuleDict):
+        raise LayoutError(
+            f"pp{layout.pipeline} for a {type(model).__name__}",
+            "a pipeline is cut between the blocks: `blocks` is an nn.ModuleDict of them by layer, "
+            "with `embedding` and `positions` before and `norm` and `head` behind it",
+            "pp1, or a decoder with these attributes",
+        )
 
 
 def make_job(

@@ -15,12 +15,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import nn
+
 from ridgeline.errors import LayoutError, RidgelineError
 from ridgeline.launch.pool import Pool
 from ridgeline.layout.layout import Layout, Precision
 from ridgeline.model.decoder import Decoder
 from ridgeline.run import Budget, Cluster, Run
-from ridgeline.train.build import MakeDecoder, MakeOptimizer, without_memory
+from ridgeline.train.build import MakeDecoder, MakeOptimizer, check_decoder, without_memory
 from ridgeline.train.loop import LossFunction
 from ridgeline.train.optimizer import adamw
 from ridgeline.train.resolve import Host, resolve, this_host
@@ -34,13 +36,15 @@ ENOUGH_NATS = 0.5
 """A loss that falls by less in these steps has hardly used its gradients."""
 
 USUAL = (
-    *("dp1", "dp2", "dp4", "tp2", "tp4", "pp2", "pp4", "cp2", "cp4", "dp2 ep2", "dp4 ep4"),
-    *("dp2 tp2 pp2", "dp2 pp4", "tp2 pp2 v2", "tp2 cp2", "dp2 cp2", "dp2 tp2 pp2 ep2"),
+    *("dp1", "dp2", "dp4", "tp2", "tp4", "pp2", "pp4", "cp2", "cp4"),
+    *("dp2 tp2 pp2", "dp2 pp4", "tp2 pp2 v2", "tp2 cp2", "dp2 cp2"),
     *("dp2 zero1", "dp2 zero2", "dp2 zero3", "dp4 zero3/2"),
     *("pp2 gpipe", "pp2 v2", "pp2 zbh1", "pp2 v2 izb", "pp2 zbv", "pp2 dualpipev"),
     *("dp1 selective", "dp1 full"),
 )
-"""Layouts compared when none are named: each axis alone, combined, ZeRO, schedules, recompute."""
+"""Layouts compared when none are named, after the run's own: each axis alone and combined, ZeRO,
+schedules, recompute. dp1 is another number of micro-batches."""
+USUAL_FOR_EXPERTS = ("dp2 ep2", "dp4 ep4", "dp2 tp2 pp2 ep2")
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,14 @@ class Tolerance:
     grad_norm: float
     """Of a step's gradient norm."""
     gradient: float
-    """Of one element of a gradient of the first step, against the tensor's largest."""
+    """Of one element of a gradient of the first step, against the tensor's largest; and of that
+    step's norm, which has inherited nothing from earlier ones either. A parameter counted twice
+    moves the norm by little: half of its share in the squares."""
+
+    def of(self, difference: Difference) -> float:
+        """What `difference` may be."""
+        first = difference.step == 1 and difference.what == "grad_norm"
+        return self.gradient if first else float(getattr(self, difference.what))
 
 
 ROUNDING: dict[Precision, float] = {"fp32": 2.0**-23, "bf16": 2.0**-8}
@@ -160,20 +171,21 @@ def parity(
 ) -> Parity:
     """Train `steps` steps of `run` in one process and in each of `layouts` on local processes.
 
-    Layouts not named are the usual ones that divide this run and fit this machine. The precision
-    is the run's; where that is auto it is float32, in which rounding hides least. The budget
-    becomes `steps`, and the learning rate follows it; the run's folder is neither read nor
-    written. `pool`: processes to use, instead of new ones; `progress(what, share done)` is called
-    before each layout. Raises LayoutError, before any process starts, for a named layout that
-    cannot be trained here; the error of the rank that failed first, with its layout; and all that
-    `ridgeline.train` raises beforehand.
+    Where none are named they are the run's own and the usual ones, as far as they divide this run
+    and fit this machine. The precision is the run's; where that is auto it is float32, in which
+    rounding hides least. The budget becomes `steps`, and the learning rate follows it; the run's
+    folder is neither read nor written. `pool`: processes to use, instead of new ones;
+    `progress(what, share done)` is called before each layout. Raises LayoutError, before any
+    process starts, for a named layout that cannot be trained here; the error of the rank that
+    failed first, with its layout; and all that `ridgeline.train` raises beforehand.
     """
     host = this_host()
     alone = _reference(run, steps, host)
     assert isinstance(alone.layout, Layout)
     refuse_impossible(alone, host, None)
-    without_memory(decoder, alone.model)  # raises for a model that can only be planned
-    runs, skipped = _runs(alone, layouts, host)
+    model = without_memory(decoder, alone.model)  # raises for a model that can only be planned
+    chosen = layouts or _usual(alone, run.layout)
+    runs, skipped = _runs(alone, chosen, host, model, refuse=bool(layouts))
     tolerance, rounding = TOLERANCES[alone.layout.precision], ROUNDING[alone.layout.precision]
     with ExitStack() as stack:
         pool = pool or stack.enter_context(Pool())
@@ -229,35 +241,48 @@ def _reference(run: Run, steps: int, host: Host) -> Run:
     return resolve(run.model_copy(update=update), host, None)[0]
 
 
+def _usual(alone: Run, own: Layout | Literal["auto"]) -> list[Layout]:
+    """The run's own layout, and the usual ones with micro-batches that fit them."""
+    layouts = [] if own == "auto" else [own]
+    for sentence in USUAL + USUAL_FOR_EXPERTS * (alone.model.experts is not None):
+        layout = Layout.model_validate(sentence)
+        size = _usual_micro_batch(alone, layout)
+        layouts.append(layout.model_copy(update={"micro_batch": size}))
+    return layouts
+
+
+def _usual_micro_batch(alone: Run, layout: Layout) -> int:
+    """So that each replica has several micro-batches and every stage one; at most the reference's.
+
+    In one process less than that, since the number of micro-batches is all that is other there.
+    """
+    assert isinstance(alone.layout, Layout)
+    per_replica = batch_unit(alone) // layout.data
+    memory = alone.layout.micro_batch // (2 if layout.world == 1 else 1)
+    sizes = range(min(memory, per_replica // max(2, layout.pipeline)), 0, -1)
+    return next((size for size in sizes if per_replica % (size * layout.pipeline) == 0), 1)
+
+
 def _runs(
-    alone: Run, layouts: Sequence[str], host: Host
+    alone: Run, layouts: Sequence[str | Layout], host: Host, model: nn.Module, *, refuse: bool
 ) -> tuple[list[Run], list[tuple[str, str]]]:
-    """The run in every layout to compare, and the usual layouts that it cannot have, with why."""
-    runs: list[Run] = []
+    """The run in every layout to compare; those that it cannot have are refused, or told why."""
+    runs: dict[Layout, Run] = {}
     skipped: list[tuple[str, str]] = []
-    for layout in map(Layout.model_validate, layouts or USUAL):
-        if not layouts:
-            layout = layout.model_copy(update={"micro_batch": _usual_micro_batch(alone, layout)})
+    for layout in map(Layout.model_validate, layouts):
         try:
             layout = _in_precision_of(alone, layout)
             divided = alone.model_copy(update={"layout": layout})
             refuse_impossible(divided, host, None)
+            check_decoder(model, layout)
         except LayoutError as error:
-            if layouts:
+            if refuse:
                 raise
             skipped.append((str(layout), error.rule))
         else:
-            runs.append(divided)
-    return runs, skipped
-
-
-def _usual_micro_batch(alone: Run, layout: Layout) -> int:
-    """At most half of the reference's, so that each replica has several, and all stages work."""
-    assert isinstance(alone.layout, Layout)
-    per_replica = batch_unit(alone) // layout.data
-    most = min(alone.layout.micro_batch // 2, per_replica // (2 * layout.pipeline))
-    sizes = range(most, 0, -1)
-    return next((size for size in sizes if per_replica % (size * layout.pipeline) == 0), 1)
+            if refuse or layout != alone.layout:
+                runs[layout] = divided
+    return list(runs.values()), skipped
 
 
 def _in_precision_of(alone: Run, layout: Layout) -> Layout:
@@ -282,9 +307,9 @@ def compare(
         if step == 0:  # the gradient that is furthest off is the one to look at
             found += sorted(_gradients(reference, ranks, clip_norm), key=lambda each: -each[0])
         found += _numbers("grad_norm", step, reference, ranks)
-    limits = vars(tolerance)
-    beyond = (each for size, each in found if size > limits[each.what])
-    largest = {what: max(size for size, each in found if each.what == what) for what in limits}
+    beyond = (each for size, each in found if size > tolerance.of(each))
+    whats = vars(tolerance)
+    largest = {what: max(size for size, each in found if each.what == what) for what in whats}
     return Compared(
         layout=layout,
         loss=ranks[0].loss,

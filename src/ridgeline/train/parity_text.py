@@ -13,16 +13,24 @@ def table(found: Parity) -> str:
     """Loss and gradient norm of every step side by side, then a verdict for each layout."""
     tolerance = found.tolerance
     lines = [
-        f"{found.run}: {found.steps} steps in one process ('{found.reference}') and in layouts",
+        f"{found.run}: {found.steps} steps in one process "
+        f"('{_short(found, found.reference)}') and in layouts",
         f"{found.precision} rounds: loss may differ by {tolerance.loss:g}, norm by "
-        f"{tolerance.grad_norm:g}, a gradient by {tolerance.gradient:g} of its largest value",
+        f"{tolerance.grad_norm:g},",
+        "at step 1 the norm, and each gradient relative to its largest value, by "
+        f"{tolerance.gradient:g}",
         _learnt(found),
     ]
     for first in range(0, len(found.layouts), BESIDE):
         lines += ["", *_side_by_side(found, found.layouts[first : first + BESIDE])]
-    lines += ["", *map(_verdict, found.layouts)]
-    lines += [f"{layout:28} skipped: {why}" for layout, why in found.skipped]
+    lines += ["", *(_verdict(found, each) for each in found.layouts)]
+    lines += [f"{_short(found, layout):28} skipped: {why}" for layout, why in found.skipped]
     return "\n".join(lines)
+
+
+def _short(found: Parity, layout: str) -> str:
+    """A layout's sentence without the precision, which stands above all of them."""
+    return " ".join(word for word in layout.split() if word != found.precision) or "dp1"
 
 
 def _learnt(found: Parity) -> str:
@@ -36,7 +44,7 @@ def _learnt(found: Parity) -> str:
 
 
 def _side_by_side(found: Parity, layouts: list[Compared]) -> list[str]:
-    titles = [found.reference, *(each.layout for each in layouts)]
+    titles = ["one process", *(_short(found, each.layout) for each in layouts)]
     columns = [(found.loss, found.grad_norm), *((each.loss, each.grad_norm) for each in layouts)]
     lines = [
         "     " + "".join(f" {title[:22]:^22}" for title in titles),
@@ -48,11 +56,12 @@ def _side_by_side(found: Parity, layouts: list[Compared]) -> list[str]:
     return [line.rstrip() for line in lines]
 
 
-def _verdict(each: Compared) -> str:
+def _verdict(found: Parity, each: Compared) -> str:
+    layout = _short(found, each.layout)
     if each.first_difference is not None:
-        return f"{each.layout:28} DIFFERS at {_where(each.first_difference)}"
+        return f"{layout:28} DIFFERS at {_where(each.first_difference)}"
     return (
-        f"{each.layout:28} equal    loss {scientific(each.loss_difference)}  "
+        f"{layout:28} equal    loss {scientific(each.loss_difference)}  "
         f"norm {scientific(each.norm_difference)}  "
         f"gradients {scientific(each.gradient_difference)}"
     )

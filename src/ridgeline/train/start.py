@@ -26,7 +26,13 @@ from ridgeline.machine.device import device as device_named
 from ridgeline.model.decoder import Decoder
 from ridgeline.run import Run
 from ridgeline.train import checkpoint
-from ridgeline.train.build import MakeDecoder, MakeOptimizer, mixture_of, without_memory
+from ridgeline.train.build import (
+    MakeDecoder,
+    MakeOptimizer,
+    check_decoder,
+    mixture_of,
+    without_memory,
+)
 from ridgeline.train.folder import (
     check_folder,
     checkpoints_of,
@@ -65,7 +71,8 @@ def train(
     resolved, reasons = resolve(run, host, world)
     assert isinstance(resolved.layout, Layout)
     mixture = refuse_impossible(resolved, host, world)
-    without_memory(decoder, resolved.model)  # raises for a model that can only be planned
+    # A model that can only be planned raises here, too.
+    check_decoder(without_memory(decoder, resolved.model), resolved.layout)
     arguments: tuple[Any, ...] = (resolved, decoder, loss, optimizer)
     if launched and int(os.environ["RANK"]) != 0:
         return work(*arguments)

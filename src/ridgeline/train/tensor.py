@@ -23,41 +23,55 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from ridgeline.errors import LayoutError
+from ridgeline.errors import LayoutError, nearest
 from ridgeline.model.experts import MixtureOfExperts
 from ridgeline.torch_compat import as_parameter_of
 from ridgeline.train.vocabulary import divided_embedding
 
 
-def divide_tensors(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Apply the model's `tensor_parallel` table over the one-dimensional `mesh`, in place.
+def rules_of(model: nn.Module, tensor: int) -> dict[str, ParallelStyle]:
+    """What the model's `tensor_parallel` table does to each module it reaches, by its name.
 
-    Raises LayoutError when the model has no table, or a parameter that no rule of it reaches.
+    Raises LayoutError when the model has no table, the table has a rule that is none, or none of
+    its rules reaches a parameter; `tensor` is the number of ranks asked for.
     """
-    rules: Mapping[str, str] | None = getattr(model, "tensor_parallel", None)
-    if rules is None:
+    asked = f"tp{tensor} for a {type(model).__name__}"
+    table: Mapping[str, str] | None = getattr(model, "tensor_parallel", None)
+    if table is None:
         raise LayoutError(
-            f"tp{mesh.size()} for a {type(model).__name__}",
+            asked,
             "tensor parallelism needs a class attribute `tensor_parallel`: module names to rules",
             'tp1, or tensor_parallel = {"blocks.*.mlp.up": "columns", …}',
         )
+    styles: dict[str, ParallelStyle] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, MixtureOfExperts):  # its parts have rules
+            continue
+        if rule := next((table[each] for each in table if fnmatchcase(name, each)), None):
+            styles[name] = _style(rule)
+    for parameter, _ in model.named_parameters():
+        module_name = parameter.rpartition(".")[0]
+        if isinstance(styles.get(module_name), _Gather | None):
+            raise LayoutError(
+                asked,
+                f"no rule of its `tensor_parallel` divides or copies {parameter}",
+                f'a rule such as "{module_name}": "sequence"',
+            )
+    return styles
+
+
+def divide_tensors(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Apply the model's `tensor_parallel` table over the one-dimensional `mesh`, in place.
+
+    Raises LayoutError as `rules_of`.
+    """
     embedding: Any = getattr(model, "embedding", None)
     head: Any = getattr(model, "head", None)
     tied = bool(embedding and head and embedding.weight is head.weight)
-    named = {module: name for name, module in model.named_modules()}
-    for module, name in named.items():
-        matching = [rule for pattern, rule in rules.items() if fnmatchcase(name, pattern)]
-        if matching and not isinstance(module, MixtureOfExperts):  # its parts have rules
-            parallelize_module(module, mesh, _style(matching[0]))
+    for name, style in rules_of(model, mesh.size()).items():
+        parallelize_module(model.get_submodule(name), mesh, style)
     if tied:
         head.weight = embedding.weight  # both are divided by rows
-    for name, parameter in model.named_parameters():
-        if not isinstance(parameter, DTensor):
-            raise LayoutError(
-                f"tp{mesh.size()} for a {type(model).__name__}",
-                f"no rule of its `tensor_parallel` reaches {name}",
-                f'a rule such as "{name.rpartition(".")[0]}": "sequence"',
-            )
 
 
 def _style(rule: str) -> ParallelStyle:
@@ -76,7 +90,9 @@ def _style(rule: str) -> ParallelStyle:
     }
     if rule not in styles:
         raise LayoutError(
-            f"rule {rule!r} of a `tensor_parallel` table", f"rules are {', '.join(styles)}"
+            f"rule {rule!r} of a `tensor_parallel` table",
+            f"rules are {', '.join(styles)}",
+            nearest(rule, list(styles)),
         )
     return styles[rule]
 

@@ -16,9 +16,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from ridgeline.run import Run
+from ridgeline.torch_compat import whole
 from ridgeline.train.build import MakeDecoder, MakeOptimizer, make_job
 from ridgeline.train.checkpoint import Progress
 from ridgeline.train.loop import Job, LossFunction, train_loop
@@ -91,8 +91,7 @@ def gradients_of(job: Job) -> Iterator[tuple[str, Tensor]]:
                 missing = parameter.grad is None
                 gradient = torch.zeros_like(parameter) if missing else parameter.grad
                 assert gradient is not None
-                whole = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
-                yield name, whole.detach().float().cpu()
+                yield name, whole(gradient).detach().float().cpu()
 
 
 def _write(job: Job, file: Path) -> dict[str, Deviation]:
