@@ -14,8 +14,11 @@ import multiprocessing.forkserver
 import multiprocessing.resource_tracker
 import os
 import signal
+import sys
 import tempfile
 import threading
+import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +31,11 @@ from ridgeline import errors
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+LAST_WORDS_S = 1.0
+"""How long a rank that failed stays, so that the parent sees one that died without a word first.
+
+Gone at once, it would take the others with it, who then complain of lost connections.
+"""
 PRELOADED = ["torch", "torch.distributed", "ridgeline.train.worker"]
 
 
@@ -117,16 +125,39 @@ def run_workers(function: Callable[..., Any], arguments: tuple[Any, ...], proces
 def _guarded(
     function: Callable[..., Any], arguments: tuple[Any, ...], stop: StopFlag, faults: Path
 ) -> Any:
-    """Call `function` in a worker; a RidgelineError is left for the parent to raise again."""
+    """Call `function` in a worker; what it raises is left for the parent to raise again."""
     threading.Thread(target=end_with_parent, daemon=True).start()
     try:
         return function(*arguments, stop)
-    except errors.RidgelineError as error:
-        record = {"kind": type(error).__name__, "words": error.args}
-        partial = faults / f"{os.environ['RANK']}.partial"
-        partial.write_text(json.dumps(record))
-        partial.rename(partial.with_suffix(".fault"))
-        raise SystemExit(error.exit_status) from None
+    except Exception as error:
+        _leave(error, faults)
+        time.sleep(LAST_WORDS_S)
+        if isinstance(error, errors.RidgelineError):
+            raise SystemExit(error.exit_status) from None
+        raise
+
+
+def _leave(error: Exception, faults: Path) -> None:
+    """Write down what this rank died of, and when, by the machine's monotonic clock."""
+    at_ns, rank = time.monotonic_ns(), os.environ["RANK"]
+    record: dict[str, Any] = {"at_ns": at_ns, "rank": int(rank), "trace": ""}
+    if isinstance(error, errors.RidgelineError):
+        record |= {"kind": type(error).__name__, "words": error.args}
+    else:
+        died = died_of(int(rank), os.getpid(), error)
+        record |= {"kind": type(died).__name__, "words": died.args}
+        record["trace"] = "".join(traceback.format_exception(error))
+    partial = faults / f"{rank}.partial"
+    partial.write_text(json.dumps(record))
+    partial.rename(partial.with_suffix(".fault"))
+
+
+def died_of(rank: int, process: int, error: BaseException) -> errors.LaunchError:
+    """What a rank says when something other than a RidgelineError ends it."""
+    words = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    return errors.LaunchError(
+        f"rank {rank} (process {process}) died", words, "its traceback stands above"
+    )
 
 
 def end_with_parent() -> None:
@@ -157,17 +188,19 @@ def stop_on_signals(stop: StopFlag) -> Iterator[None]:
 
 
 def _first_error(failure: ChildFailedError, faults: Path) -> errors.RidgelineError:
-    """The error of the rank that failed first, as it was raised there."""
-    told = sorted(faults.glob("*.fault"), key=lambda path: path.stat().st_mtime_ns)
-    if told:
-        record = json.loads(told[0].read_text())
-        error: errors.RidgelineError = getattr(errors, record["kind"])(*record["words"])
-        return error
+    """The error of the rank that failed first, as it was raised there.
+
+    A rank that left no word died before those that complain of it.
+    """
     rank, first = failure.get_first_failure()
-    said: Any = first.message  # a rank's own error and its traceback, or words of the agent
-    words = str(said.get("message") if isinstance(said, dict) else said).strip()
-    return errors.LaunchError(
-        f"rank {rank} (process {first.pid}) died",
-        f"exit code {first.exitcode}: {words.splitlines()[0]}",
-        "its traceback stands above",
-    )
+    told = [json.loads(path.read_text()) for path in faults.glob("*.fault")]
+    if rank not in {record["rank"] for record in told}:
+        return errors.LaunchError(
+            f"rank {rank} (process {first.pid}) died",
+            f"exit code {first.exitcode}",
+            "what it said stands above",
+        )
+    record = min(told, key=lambda each: int(each["at_ns"]))
+    sys.stderr.write(record["trace"])
+    error: errors.RidgelineError = getattr(errors, record["kind"])(*record["words"])
+    return error

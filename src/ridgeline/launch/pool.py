@@ -13,7 +13,7 @@ from multiprocessing.context import ForkServerProcess
 from typing import Any, Self
 
 from ridgeline import errors
-from ridgeline.launch.local import end_with_parent, threads_per_process, warm_up
+from ridgeline.launch.local import died_of, end_with_parent, threads_per_process, warm_up
 
 OTHERS_S = 0.2
 """How long a failed call listens to its other ranks, to learn which of them failed first."""
@@ -163,8 +163,7 @@ def _serve(connection: Connection) -> None:
             connection.send(_Failure(time.monotonic(), error))
             raise SystemExit(error.exit_status) from None
         except BaseException as error:
-            died = f"rank {environment['RANK']} (process {os.getpid()}) died"
-            words = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-            launch_error = errors.LaunchError(died, words, "its traceback stands above")
-            connection.send(_Failure(time.monotonic(), launch_error))
+            at_s = time.monotonic()
+            died = died_of(int(environment["RANK"]), os.getpid(), error)
+            connection.send(_Failure(at_s, died))
             raise
