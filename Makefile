@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test test-system lint clean
+.PHONY: run test test-system test-oldest lint clean
 
 run: .venv/run.stamp  ## The main job: text in, trained model and report out.
 	$(BIN)/python examples/standard_library.py corpora/standard-library
@@ -14,8 +14,11 @@ run: .venv/run.stamp  ## The main job: text in, trained model and report out.
 test: lint  ## Everything that needs no accelerator, no root and no server.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not system" --durations=8
 
-test-system: .venv/test.stamp  ## The long and the heavy: the main job, a browser, many kills.
+test-system: .venv/test.stamp test-oldest  ## The long and the heavy: the main job, a browser, many kills.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m system tests/system --durations=8
+
+test-oldest: .venv-oldest/test.stamp  ## Parity of every layout on the oldest PyTorch that is supported.
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest tests/train/test_parity_table.py
 
 lint: .venv/test.stamp
 	$(BIN)/ruff check .
@@ -31,5 +34,12 @@ lint: .venv/test.stamp
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
 	touch $@
 
+# PyTorch 2.11 for x86 comes with CUDA's libraries: 5 GB.
+.venv-oldest/test.stamp: pyproject.toml constraints.txt
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	sed 's/^torch==.*/torch==2.11.0/' constraints.txt > .venv-oldest/constraints.txt
+	.venv-oldest/bin/python -m pip install --quiet --no-cache-dir --constraint .venv-oldest/constraints.txt --editable . pytest pytest-xdist hypothesis
+	touch $@
+
 clean:
-	rm -rf .venv runs prepared corpora .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-oldest runs prepared corpora .mypy_cache .ruff_cache .pytest_cache
