@@ -14,7 +14,9 @@ OVERRIDES = {"ignore_unknown_options": True, "allow_extra_args": True}
 
 @click.command(context_settings=OVERRIDES)
 @click.argument("run_file", type=click.Path(path_type=Path))
-@click.option("--layouts", multiple=True, help="A layout to compare; left out: the usual ones.")
+@click.option(
+    "--layouts", multiple=True, help="A layout to compare; left out: the run's own and the usual."
+)
 @click.option("--steps", type=click.IntRange(min=1), default=10, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object; nats and fractions.")
 @click.pass_context
