@@ -45,7 +45,7 @@ def test_own_block_trains_on_two_processes_and_checks_itself(tmp_path: Path) -> 
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -72,7 +72,7 @@ def clip(
     scale = (most / (norm + 1e-6)).clamp(max=1.0) if most else torch.ones_like(norm)
     gradients = [p.grad for p in parameters if p.grad is not None]
     local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
-    if most or factor != 1.0:
+    if local and (most or factor != 1.0):
         torch._foreach_mul_(local, scale / factor)
 
 
