@@ -70,10 +70,10 @@ def test_a_rank_that_raises_is_heard_and_the_others_end(
     run = tiny_run(layout=f"{layout} fp32", model={"layers": 4})
     (tmp_path / "run.toml").write_text(run.to_toml())
     (tmp_path / "script.py").write_text(SCRIPT)
-    script, file = str(tmp_path / "script.py"), str(tmp_path / "run.toml")
-    words = [sys.executable, script, file, kind, where, str(rank)]
+    script, file = tmp_path / "script.py", tmp_path / "run.toml"
+    words = map(str, (sys.executable, script, file, kind, where, rank))
     # their output ends when the last process has
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([*words], capture_output=True, text=True, timeout=120, check=False)
     said = done.stdout + done.stderr
     if kind == "ours":
         assert "ShardError: shard x\n  rule: 1 + 1 = 2" in said

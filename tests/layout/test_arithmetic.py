@@ -43,6 +43,14 @@ def test_each_rule_shows_its_arithmetic_and_the_nearest_choice(
     assert remedy in caught.value.remedy
 
 
+def test_a_vocabulary_too_small_for_every_tensor_rank_is_refused() -> None:
+    tiny = SHAPE.model_copy(update={"vocab": 5})
+    with pytest.raises(LayoutError, match=r"5 - 2·3 leaves none") as raised:
+        check(Layout.model_validate("tp4"), tiny, 64, 8)
+    assert raised.value.remedy == "tp5"
+    check(Layout.model_validate("tp4"), SHAPE.model_copy(update={"vocab": 7}), 64, 8)
+
+
 def test_expert_parallel_without_experts_is_refused() -> None:
     with pytest.raises(LayoutError, match="number of experts, 1"):
         check(Layout.model_validate("dp2 ep2"), SHAPE, 64, 8)

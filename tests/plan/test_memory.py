@@ -26,7 +26,7 @@ def megatron(name: str, sequence: int = 2048, batch: int = 512) -> tuple[Task, R
     machine = parse_devices("8xA100")[1]
     rates = rates_of([machine], ["megatron-deepspeed"], ["bf16"], [False], calibration())
     task = task_of(entry(name).shape, sequence, batch)
-    changed = {"flash": 0.0, "dropout": 1.0, "sequence_parallel": 0.0}
+    changed = {"flash": 0.0, "dropout": 1.0, "sequence_parallel": 0.0, "keeps_messages": 0.0}
     return replace(task, **{k: np.array(v) for k, v in changed.items()}), rates
 
 

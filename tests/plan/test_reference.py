@@ -196,11 +196,12 @@ class Plain:
         queries = 2 * rows * (t["heads"] + 2 * t["kv_heads"]) * t["head_dim"] / layout.tensor
         out = 2 * rows * t["heads"] * t["head_dim"] / layout.tensor
         gates, inner = t["mlp_matrices"] - 1, 2 * rows * t["ffn"] / layout.tensor
+        messages = 4 * 2 * rows * t["hidden"] * (layout.tensor > 1)
         whole = 4 * hidden + queries + out + 4 * rows * t["heads"] / layout.tensor
-        whole += (gates + 1) * inner
-        some = hidden + out + 0.5 * (queries + 2 * hidden + gates * inner)
+        whole += (gates + 1) * inner + 2 * hidden * (layout.tensor - 1)
+        some = 3 * hidden + queries + gates * inner + messages
         kept = {"none": whole, "selective": some, "full": hidden}[layout.recompute]
-        live = whole - kept + 2 * gates * inner + 2 * hidden
+        live = max(whole - kept, 0) + 2 * gates * inner + 2 * hidden
         micro_batches = t["global_batch"] / (layout.data * layout.micro_batch)
         warm = {"gpipe": math.inf, "zbv": 2 * pp, "dualpipev": 2 * pp + 1}.get(
             layout.schedule, pp * v + pp - 1 if v > 1 else pp
@@ -209,7 +210,8 @@ class Plain:
         looped = (v - 1) * pp + 1 if v > 1 else 1
         last_warm = looped if layout.schedule == "1f1b" else warm
         last = kept * layers / v * min(micro_batches * v, last_warm)
-        logits = rows * t["vocab"] / layout.tensor * t["logit_bytes"]
+        logits = rows * t["logit_bytes"] + min(rows, 2048) * t["chunk_logit_bytes"]
+        logits *= t["vocab"] / layout.tensor
         used = states + max(first + live, last + max(logits, live))
         return used * (1 + FRAGMENTATION) + FRAMEWORK_BYTES
 

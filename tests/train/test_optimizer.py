@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
+from ridgeline.errors import NotLearnt
 from ridgeline.launch.pool import Pool
 from ridgeline.layout.layout import Layout
 from ridgeline.run import Optimizer
@@ -222,3 +223,13 @@ def test_frozen_parameters_are_left_out() -> None:
     model.weight.requires_grad_(False)
     (group,) = adamw(model, Optimizer()).param_groups
     assert [p.ndim for p in group["params"]] == [1]
+
+
+def test_a_loss_that_diverges_in_fp16_is_told_and_not_skipped_for_ever() -> None:
+    scale, diverged = LossScale(), torch.tensor(math.nan)
+    steps = 0
+    with pytest.raises(NotLearnt, match="diverges"):
+        while not scale.accepts(diverged):
+            steps += 1
+    assert steps == math.log2(LossScale.START / LossScale.LEAST)
+    assert scale.factor == LossScale.LEAST

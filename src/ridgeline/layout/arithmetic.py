@@ -62,6 +62,14 @@ def _check_tensor_and_context(layout: Layout, shape: ModelShape, sequence: int) 
                 f"tp divides the {what}: {number} is not a multiple of {layout.tensor}",
                 f"tp{_near(number, layout.tensor)}",
             )
+    rows = -(-shape.vocab // layout.tensor)
+    if rows * (layout.tensor - 1) >= shape.vocab:
+        raise LayoutError(
+            f"tp{layout.tensor} for {shape.name}",
+            f"each tensor rank holds {rows} entries of the vocabulary, the last one the rest: "
+            f"{shape.vocab} - {rows}·{layout.tensor - 1} leaves none",
+            f"tp{_near(shape.vocab, layout.tensor)}",
+        )
     positions_of(layout, shape, sequence, 0)  # raises where context ranks cannot divide it
 
 

@@ -205,7 +205,8 @@ def block(task: Task, rates: Rates, shared: Shared, keys: Layouts) -> Block:
     full, selective = keys.recompute == 2, keys.recompute == 1
     again_matrix = np.where(full, 1.0, np.where(selective, rates.selective_matrix, 0.0))
     again_attention = np.where(full, 1.0, np.where(selective, rates.selective_attention, 0.0))
-    again_element = np.where(full | (selective & (rates.selective_matrix > 0)), 1.0, 0.0)
+    smooth_again = (rates.selective_matrix > 0) | (task.keeps_messages > 0)
+    again_element = np.where(full | (selective & smooth_again), 1.0, 0.0)
     redo = again_matrix * matrix + again_attention * attention + again_element * element
     redo_wait = np.where(full, tensor_pass + context + exchange, 0.0)
 

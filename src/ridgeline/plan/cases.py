@@ -47,6 +47,7 @@ from ridgeline.plan.quantities import (
     Layouts,
     Rates,
     Task,
+    program_memory,
 )
 from ridgeline.plan.step import Step, step
 
@@ -212,7 +213,7 @@ def case_of(row: dict[str, str], known: Constants) -> Case:
         stack=stack,
         compiled=compiled and stack == "fsdp2",
         overlap_tensor=bool(re.search(r"async_tp=y|AsyncTP", notes)),
-        numbers=shape | layout | kept,
+        numbers=shape | layout | kept | program_memory(stack, precision),
         step_s=_number(row.get("step_s", "")),
         memory_bytes=_times(_number(row.get("memory_gb", "")), 2.0**30),
         allocated="allocated" in notes,

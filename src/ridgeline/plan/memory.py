@@ -11,7 +11,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ridgeline.plan.quantities import SCHEDULES, Array, Layouts, Rates, Table, Task
+from ridgeline.plan.quantities import (
+    LOSS_CHUNK_TOKENS,
+    SCHEDULES,
+    Array,
+    Layouts,
+    Rates,
+    Table,
+    Task,
+)
 from ridgeline.plan.step import embedding_parameters, layer_parameters, shard_groups
 
 FRAMEWORK_BYTES = 2.0 * 2**30
@@ -47,8 +55,7 @@ def memory(task: Task, rates: Rates, layouts: Layouts) -> Memory:
     micro_batches = task.global_batch / (layouts.data * layouts.micro_batch)
     first = kept * layers / chunks * in_flight(layouts, micro_batches)
     last = kept * layers / chunks * in_flight(layouts, micro_batches, pipeline - 1)
-    rows = layouts.micro_batch * task.sequence / layouts.context
-    logits = rows * task.vocab / layouts.tensor * task.logit_bytes
+    logits = _logits(task, layouts)
     # logits are gone before the last stage's backward pass needs its largest layer
     at_last = last + np.maximum(logits, live)
     at_first = first + live + _whole_gradient(task, layouts)
@@ -106,17 +113,26 @@ def _whole_gradient(task: Task, layouts: Layouts) -> Array:
     return np.where(layouts.zero < 2, parameters * task.whole_gradient, 0.0)
 
 
+def _logits(task: Task, layouts: Layouts) -> Array:
+    """Bytes of a micro-batch's logits and loss at their peak."""
+    rows = layouts.micro_batch * task.sequence / layouts.context
+    chunk = np.minimum(rows, LOSS_CHUNK_TOKENS)
+    wide = rows * task.logit_bytes + chunk * task.chunk_logit_bytes
+    return wide * task.vocab / layouts.tensor
+
+
 def layer_activations(task: Task, rates: Rates, layouts: Layouts) -> tuple[Array, Array]:
     """Bytes that one layer keeps per micro-batch, and those its backward pass needs at once."""
     rows = layouts.micro_batch * task.sequence / layouts.context
     tensor = layouts.tensor
     spread = np.where(task.sequence_parallel > 0, tensor, 1.0)
     gates = task.mlp_matrices - 1
-    hidden = 2 * rows * task.hidden / spread
-    queries = 2 * rows * (task.heads * task.head_dim + task.keys_values) / tensor
+    size = task.activation_bytes
+    hidden = size * rows * task.hidden / spread
+    queries = size * rows * (task.heads * task.head_dim + task.keys_values) / tensor
     # latents before and after their norms; the rotated key has none
-    queries = queries + 2 * rows * (task.latent + task.query_rank + task.kv_rank) / spread
-    out = 2 * rows * task.heads * task.value_dim / tensor
+    queries = queries + size * rows * (task.latent + task.query_rank + task.kv_rank) / spread
+    out = size * rows * task.heads * task.value_dim / tensor
     scores = rows * task.sequence * task.heads / tensor
     plain = np.where(task.flash > 0, 4 * rows * task.heads / tensor, 5 * scores)
     masks = task.dropout * rows * task.hidden / spread * 2
@@ -124,17 +140,24 @@ def layer_activations(task: Task, rates: Rates, layouts: Layouts) -> tuple[Array
     width = (1 - experts) * task.ffn / tensor + experts * (
         task.top_k + task.shared_experts
     ) * task.expert_ffn / tensor
-    inner = 2 * rows * width
+    inner = size * rows * width
     # norm in and out twice, queries to values, attention out, up (and gate), activation out
     whole = 4 * hidden + queries + out + plain + masks + (gates + 1) * inner
+    # gathered, the norms' outputs are as long as the sequence
+    whole = whole + task.keeps_messages * 2 * hidden * (spread - 1)
     megatron = whole - np.where(task.flash > 0, 0.0, plain)
     # every other product's output and attention's are kept, the rest is computed again
     by_product = hidden + out + 0.5 * (queries + 2 * hidden + gates * inner)
     selective = np.where(rates.selective_matrix > 0, by_product, megatron)
+    # the block's input and every product, those summed over tensor ranks also before they are, and
+    # the gathered sequence
+    messages = np.where(tensor > 1, 4 * hidden * spread, 0.0)
+    every = 3 * hidden + queries + gates * inner + messages
+    selective = np.where(task.keeps_messages > 0, every, selective)
     kept = np.where(
         layouts.recompute == 2, hidden, np.where(layouts.recompute == 1, selective, whole)
     )
-    again = whole - kept
+    again = np.maximum(whole - kept, 0.0)
     return kept, again + 2 * gates * inner + 2 * hidden
 
 
@@ -183,7 +206,6 @@ def stage_memory(task: Task, rates: Rates, layout: Layouts) -> Memory:
     ahead = in_flight(one, micro_batches, index)
     kept, live = layer_activations(task, rates, one)
     activations = kept * layers / chunks * ahead
-    rows = one.micro_batch * task.sequence / one.context
-    logits = np.where(last, rows * task.vocab / one.tensor * task.logit_bytes, 0.0)
+    logits = np.where(last, _logits(task, one), 0.0)
     working = np.maximum(logits, live) + np.where(first, _whole_gradient(task, one), 0.0)
     return _added_up(task, one, held, biggest, activations, working)

@@ -23,6 +23,9 @@ RECOMPUTES: tuple[str, ...] = get_args(Recompute)
 FUSED_LOSS_BYTES = 12
 """Traffic per logit of a fused loss: 16-bit logits and their gradient, a float32 copy (assumed)."""
 
+LOSS_CHUNK_TOKENS = 2048
+"""Tokens whose logits our loss has in float32 at one time."""
+
 
 @dataclass(frozen=True)
 class Table:
@@ -142,8 +145,15 @@ class Task(Table):
     """Bytes per parameter of kept gradients."""
     reduce_bytes: Array
     """Bytes per parameter that cross the network when gradients are reduced."""
+    activation_bytes: Array
+    """Bytes per element of what a layer keeps for its backward pass."""
+    keeps_messages: Array
+    """1 where layers keep the sequence that they gather over tensor ranks, as DTensor's do, and
+    selective recomputation keeps every product and message and computes the rest again."""
     logit_bytes: Array
     """Memory per logit: 16 bits, a float32 copy, its gradient, and what an unfused loss adds."""
+    chunk_logit_bytes: Array
+    """Memory per logit of LOSS_CHUNK_TOKENS tokens, where the loss goes through them in turn."""
     loss_bytes: Array
     """Memory traffic per logit of the loss, forward and backward."""
     whole_gradient: Array
@@ -218,12 +228,32 @@ class Rates(Table):
     """Share of attention that `selective` recomputes."""
 
 
+def program_memory(stack: str, precision: str) -> dict[str, float]:
+    """Fields of a Task that say what memory a program of `stack` takes beside the usual.
+
+    Ridgeline's, measured by `tests/train/test_memory.py`: FSDP2 gathers parameters into a copy even
+    in fp32 training, beside the master weights and moments, and even where one rank has all of
+    them. Logits and their gradient stay in the precision of the products; the loss has a float32
+    copy and its softmax of LOSS_CHUNK_TOKENS tokens at a time.
+    """
+    if stack != "ridgeline":
+        return {"activation_bytes": 2.0, "keeps_messages": 0.0, "chunk_logit_bytes": 0.0}
+    size = 4.0 if precision == "fp32" else 2.0
+    return {
+        "master_bytes": 12.0,
+        "activation_bytes": size,
+        "keeps_messages": 1.0,
+        "logit_bytes": 2 * size,
+        "chunk_logit_bytes": 8.0,
+    }
+
+
 def task_of(
     shape: ModelShape, sequence: int, global_batch: int, *, precision: str = "bf16"
 ) -> Task:
     """The Task of one model as Ridgeline trains it (bf16 over float32 master weights).
 
-    Parameters and moments stay float32 in fp32 training. Gradients are float32 and reduced so.
+    Gradients are float32 and reduced so.
     """
     experts, latent = shape.experts, shape.latent_attention
     dense = shape.layers if experts is None else experts.first_dense_layers
@@ -252,12 +282,11 @@ def task_of(
         "flash": 1,
         "sequence_parallel": 1,
         "dropout": 0,
-        "master_bytes": 8 if wide else 12,
         "weight_bytes": 4 if wide else 2,
         "gradient_bytes": 4,
         "reduce_bytes": 4,
-        "logit_bytes": 14,
         "loss_bytes": FUSED_LOSS_BYTES,
         "whole_gradient": 0,
     }
-    return Task(**{name: np.float64(value) for name, value in numbers.items()})  # type: ignore[arg-type]
+    told = numbers | program_memory("ridgeline", precision)
+    return Task(**{name: np.float64(value) for name, value in told.items()})  # type: ignore[arg-type]

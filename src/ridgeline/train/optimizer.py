@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from ridgeline.errors import NotLearnt
 from ridgeline.layout.grid import holders
 from ridgeline.layout.layout import Layout
 from ridgeline.run import Optimizer
@@ -84,7 +86,7 @@ class LossScale:
     a checkpoint.
     """
 
-    START, PATIENCE = 2.0**16, 2000
+    START, LEAST, PATIENCE = 2.0**16, 2.0**-8, 2000
 
     def __init__(self) -> None:
         self.state = torch.tensor([self.START, 0.0])
@@ -95,9 +97,19 @@ class LossScale:
         return float(self.state[0])
 
     def accepts(self, norm: Tensor) -> bool:
-        """Whether a step with this gradient norm counts; the next factor. Waits for the device."""
+        """Whether a step with this gradient norm counts; the next factor. Waits for the device.
+
+        Raises NotLearnt when no factor is small enough.
+        """
         finite = bool(torch.isfinite(norm))
         steps = float(self.state[1]) + 1
+        if not finite and self.factor <= self.LEAST:
+            raise NotLearnt(
+                f"a step in fp16 with losses multiplied by {self.factor:g}",
+                f"its gradients are not finite even so, {math.log2(self.START):.0f} halvings and "
+                "more below the first factor: the loss itself diverges",
+                "a lower optimizer.lr, or bf16",
+            )
         if not finite:
             self.state.copy_(torch.tensor([self.factor / 2, 0.0]))
         elif steps >= self.PATIENCE:

@@ -63,7 +63,7 @@ class _CrossEntropy(torch.autograd.Function):
             chunk_TV = logits_TV[part].float()
             log_share_TV = chunk_TV.log_softmax(1)
             chosen_T[part] = log_share_TV.gather(1, columns_T[part, None]).squeeze(1)
-            sum_T[part] = chunk_TV[:, 0] - log_share_TV[:, 0]
+            sum_T[part] = chunk_TV.amax(1) - log_share_TV.amax(1)
         whole_T = sum_T
         if group is not None:
             dist.all_reduce(highest_T := sum_T.clone(), dist.ReduceOp.MAX, group)
