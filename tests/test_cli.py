@@ -134,7 +134,7 @@ BAD_INPUT = {
     "train run.toml --model.vocab 300": "320 > 300",
     "train run.toml --layout 'dp3 mb1 fp32'": "dp·mb divides the global batch",
     "train run.toml --layout 'dp2 fp32' --cluster.devices 3": "2·1·1·1 = 2, not 3",
-    "train run.toml --layout 'dp2 tp2 fp8'": "8 bits can be planned but not yet trained",
+    "train run.toml --layout 'dp2 tp2 fp8'": "8 bits are not divided by tensor",
     "train run.toml --layout 'pp2 zbh1 compile fp32'": "cannot do inside compiled blocks",
     "train run.toml --layout 'dp2 tpp2'": "a layout is words such as",
     "train run.toml --layout dp1024 --schedule.global_batch 1024": "needs 1024 devices",

@@ -50,6 +50,7 @@ __all__ = [
     "local_offset",
     "local_part",
     "multiplies_bf16",
+    "multiplies_fp8",
     "name_of",
     "peak_memory_bytes",
     "reduce_now",
@@ -312,3 +313,14 @@ def attend_block_backward(
             *saved, *lengths, 0.0, causal, unread, unread
         )
     return dq_BNLH, dk_BNSH, dv_BNSH
+
+
+def multiplies_fp8(device: torch.device) -> bool:
+    """Whether an accelerator multiplies 8-bit floats: NVIDIA from 8.9 on, AMD from gfx94 on.
+
+    Written from the vendors' documentation, not run on either.
+    """
+    module = torch.get_device_module(device)
+    if torch.version.hip:
+        return str(module.get_device_properties(device).gcnArchName) >= "gfx94"
+    return hasattr(module, "get_device_capability") and module.get_device_capability() >= (8, 9)

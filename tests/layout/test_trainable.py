@@ -22,7 +22,7 @@ SPLIT = ["zbh1", "izb v2", "zbv", "dualpipev"]
 
 REFUSALS = [
     # layout, sequence: rule, remedy
-    ("dp2 fp8", 64, "8 bits can be planned", "'dp2 bf16'"),
+    ("tp2 fp8", 64, "8 bits are not divided by tensor", "'tp2 bf16', or tp1"),
     ("dp2 ep2 tp2 etp2", 64, "every tensor rank holds whole ones", "'dp2 tp2 ep2'"),
     *((f"pp2 compile {split}", 64, "in two halves", "schedule 1f1b") for split in SPLIT),
     *((f"pp2 selective {split}", 64, "for one backward pass alone", "full") for split in SPLIT),

@@ -22,11 +22,11 @@ def trainable(layout: Layout, shape: ModelShape, sequence: int) -> None:
             "latent attention can be planned but not yet trained",
             "a model with ordinary or grouped-query heads",
         )
-    if layout.precision == "fp8":
+    if layout.precision == "fp8" and layout.tensor > 1:
         raise LayoutError(
             f"training layout '{layout}'",
-            "matrix products in 8 bits can be planned but not yet trained",
-            f"'{layout.model_copy(update={'precision': 'bf16'})}'",
+            "matrix products in 8 bits are not divided by tensor here",
+            f"'{layout.model_copy(update={'precision': 'bf16'})}', or tp1",
         )
     if layout.expert_tensor > 1:
         raise LayoutError(

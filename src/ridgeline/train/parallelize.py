@@ -24,9 +24,10 @@ from ridgeline.layout.stages import Chunk
 from ridgeline.model.shape import ModelShape
 from ridgeline.torch_compat import keeps_in_selective, replicate, shard
 from ridgeline.train.experts import count_whole_sequences, divide_experts, mixtures
+from ridgeline.train.float8 import to_float8
 from ridgeline.train.tensor import divide_tensors
 
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 """What weights are cast to for the matrix products; in every other precision they stay float32."""
 
 
@@ -111,9 +112,9 @@ def parallelize(model: nn.Module, shape: ModelShape, mesh: Mesh) -> None:
     """Apply the mesh's layout to `model`, a decoder or a chunk of one, in place.
 
     In this order: the sequence over context ranks, experts over theirs, weights over tensor ranks,
-    recomputation, compilation, and each block, then the rest, over data ranks. With 16 bits,
-    parameters stay in float32 (the master weights), are cast for the matrix products, and gradients
-    are reduced in float32.
+    products in 8 bits, recomputation, compilation, and each block, then the rest, over data ranks.
+    With 16 bits, parameters stay in float32 (the master weights), are cast for the matrix products,
+    and gradients are reduced in float32.
     """
     layout = mesh.layout
     parts = getattr(model, "blocks", None)
@@ -133,6 +134,8 @@ def parallelize(model: nn.Module, shape: ModelShape, mesh: Mesh) -> None:
     if layout.tensor > 1:
         divide_tensors(model, mesh.devices["tensor"])
     for block in blocks:
+        if layout.precision == "fp8":
+            to_float8(block, mesh.device)
         if layout.recompute != "none":
             block.forward = partial(_recomputing, layout.recompute, block.forward)
         if layout.compile:

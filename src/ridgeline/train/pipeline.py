@@ -93,9 +93,11 @@ class Pipeline:
         """
         total = torch.zeros((), device=self.positions.device)
         left = dict.fromkeys(self.chunks, len(tokens))
-        leaving: list[dist.Work | None] = []
+        leaving: list[dist.Work] = []
         for step in steps_of(self.layout, self.rank, len(tokens), training):
             if isinstance(step, Transfer):
+                # A message that has left must not keep its tensor until the end of the step.
+                leaving = [work for work in leaving if not work.is_completed()]
                 leaving += self._transfer(step)
             elif step.kind == "F":
                 given = tokens[step.micro_batch] if step.chunk == 0 else self._take("F", *step[1:])
@@ -105,8 +107,7 @@ class Pipeline:
                 left[step.chunk] -= step.kind != "I"
                 self._backward(*step, last=left[step.chunk] == 0)
         for work in leaving:
-            if work is not None:
-                work.wait()
+            work.wait()
         return total
 
     def _forward(
@@ -161,12 +162,15 @@ class Pipeline:
             work.wait()
         return value
 
-    def _transfer(self, step: Transfer) -> list[dist.Work | None]:
+    def _transfer(self, step: Transfer) -> list[dist.Work]:
+        """Start a message; what a send has to wait for in the end."""
         key = (step.what, step.chunk, step.micro_batch)
         tag = (step.chunk * 2 + (step.what == "B")) * 100_000 + step.micro_batch
         if step.kind == "send":
             value = self.here.pop(key).contiguous()
-            return [dist.isend(value, group=self.group, group_dst=step.peer, tag=tag)]
+            sent = dist.isend(value, group=self.group, group_dst=step.peer, tag=tag)
+            assert sent is not None
+            return [sent]
         value = self.hidden()
         work = dist.irecv(value, group=self.group, group_src=step.peer, tag=tag)
         assert work is not None

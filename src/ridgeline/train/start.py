@@ -25,6 +25,7 @@ from ridgeline.layout.trainable import trainable
 from ridgeline.machine.device import device as device_named
 from ridgeline.model.decoder import Decoder
 from ridgeline.run import Run
+from ridgeline.torch_compat import multiplies_fp8
 from ridgeline.train import checkpoint
 from ridgeline.train.build import (
     MakeDecoder,
@@ -33,6 +34,7 @@ from ridgeline.train.build import (
     mixture_of,
     without_memory,
 )
+from ridgeline.train.float8 import check_float8
 from ridgeline.train.folder import (
     check_folder,
     checkpoints_of,
@@ -117,6 +119,8 @@ def refuse_impossible(run: Run, host: Host, world: int | None) -> Mixture:
     devices = world or run.cluster.devices or None
     check(run.layout, run.model, run.sequence, batch_unit(run), devices)
     trainable(run.layout, run.model, run.sequence)
+    if run.layout.precision == "fp8":
+        check_float8(host.device, host.device.type != "cpu" and multiplies_fp8(host.device))
     room = host.devices or LOCAL_RANKS_PER_CORE * host.cores
     if world is None and run.layout.world > room:
         what = f"{host.devices or host.cores} {host.device.type if host.devices else 'CPU'} "
