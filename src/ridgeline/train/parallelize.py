@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from ridgeline.errors import LayoutError
 from ridgeline.layout.context import kind_of, positions_of
 from ridgeline.layout.grid import RankGrid, expert_sizes, shard_sizes
 from ridgeline.layout.layout import Axis, Layout
@@ -97,9 +98,17 @@ def make_mesh(layout: Layout, device: torch.device, rank: int) -> Mesh:
 
 
 def cut(model: nn.Module, chunk: Chunk) -> None:
-    """Take from a whole decoder, in place, what does not lie in `chunk`; names stay."""
-    blocks = model.blocks
-    assert isinstance(blocks, nn.ModuleDict)
+    """Take from a whole decoder, in place, what does not lie in `chunk`; names stay.
+
+    Raises LayoutError when it has no blocks to cut between.
+    """
+    blocks = getattr(model, "blocks", None)
+    if not isinstance(blocks, nn.ModuleDict):
+        raise LayoutError(
+            f"a pipeline for a {type(model).__name__}",
+            "it is cut between its `blocks`, an nn.ModuleDict with layer numbers as keys",
+            'pp1, or blocks = nn.ModuleDict({"0": …, "1": …})',
+        )
     for layer in list(blocks):
         if int(layer) not in chunk.layers:
             del blocks[layer]

@@ -18,7 +18,9 @@ from ridgeline.launch.local import (
     warm_up,
 )
 from ridgeline.layout.arithmetic import check
+from ridgeline.layout.grid import RankGrid
 from ridgeline.layout.layout import Layout
+from ridgeline.layout.stages import chunks_of
 from ridgeline.layout.trainable import trainable
 from ridgeline.machine.device import device as device_named
 from ridgeline.model.decoder import Decoder
@@ -34,6 +36,7 @@ from ridgeline.train.folder import (
 )
 from ridgeline.train.loop import LossFunction
 from ridgeline.train.optimizer import adamw
+from ridgeline.train.parallelize import cut
 from ridgeline.train.resolve import Host, resolve, this_host
 from ridgeline.train.schedule import batch_unit
 from ridgeline.train.vocabulary import token_loss
@@ -63,7 +66,9 @@ def train(
     resolved, reasons = resolve(run, host, world)
     assert isinstance(resolved.layout, Layout)
     mixture = refuse_impossible(resolved, host, world)
-    without_memory(decoder, resolved.model)  # raises for a model that can only be planned
+    model = without_memory(decoder, resolved.model)  # raises for a model that can only be planned
+    if resolved.layout.pipeline > 1:  # raises for a decoder that cannot be cut
+        cut(model, chunks_of(resolved.layout, resolved.model, resolved.sequence)[0])
     arguments: tuple[Any, ...] = (resolved, decoder, loss, optimizer)
     if launched and int(os.environ["RANK"]) != 0:
         return work(*arguments)
@@ -74,7 +79,7 @@ def train(
         refuse_foreign_checkpoint(resolved, mixture)
         environment = describe_environment(str(host.device), processes, threads)
         write_folder(resolved, reasons, environment)
-        _announce(resolved, reasons)
+        _announce(resolved, reasons, local_processes() if launched else None)
         if launched or processes == 1:
             outcome = work(*arguments)
         else:
@@ -152,8 +157,12 @@ def _beside(loss: float, baseline: float) -> str:
     return f"{abs(baseline - loss):.3f} {'below' if loss <= baseline else 'above'}"
 
 
-def _announce(run: Run, reasons: dict[str, str]) -> None:
+def _announce(run: Run, reasons: dict[str, str], node: int | None) -> None:
+    """Say what is trained, how and why, and who sits where; `node`: ranks of a node, if known."""
+    assert isinstance(run.layout, Layout)
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"run {run.path}  model {run.model.name}  layout {run.layout}", markup=False)
     for name, reason in reasons.items():
         console.print(f"  {name}: {reason}", markup=False)
+    for line in RankGrid(run.layout).describe(node):
+        console.print(f"  {line}", markup=False)
