@@ -9,7 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from torch import nn
 
+import ridgeline
+from ridgeline.errors import LayoutError
+from ridgeline.model.shape import ModelShape
 from ridgeline.run import Run
 
 MakeRun = Callable[..., Run]
@@ -39,7 +43,8 @@ calls, OWN = 0, ZeroDivisionError("by nothing")
 class Failing(Decoder):
     def forward(self, tokens_BL, positions_L=None):
         fail("decoder")
-        return super().forward(tokens_BL, positions_L)
+        out = super().forward(tokens_BL, positions_L)
+        return out.double() if kind == "wide" and self.head is None else out
 
 def loss(logits_BLV, targets_BL):
     fail("loss")
@@ -62,6 +67,7 @@ if __name__ == "__main__":
         ("dp2 mb2", "own", "loss", 1),
         ("dp2 pp2 mb2", "own", "decoder", 3),
         ("pp2 mb4", "silent", "loss", 1),
+        ("pp2 mb4", "wide", "decoder", 0),
     ],
 )
 def test_a_rank_that_raises_is_heard_and_the_others_end(
@@ -78,6 +84,9 @@ def test_a_rank_that_raises_is_heard_and_the_others_end(
     if kind == "ours":
         assert "ShardError: shard x\n  rule: 1 + 1 = 2" in said
         return
+    if kind == "wide":  # the receiver would have aborted
+        assert "LayoutError: sending torch.float64 (4, 32, 32) to chunk 1" in said
+        return
     reason = "ZeroDivisionError: by nothing" if kind == "own" else "exit code 7"
     told = re.search(rf"LaunchError: rank (\d+) \(process \d+\) died\n  rule: {reason}\n", said)
     assert told is not None, said
@@ -85,3 +94,20 @@ def test_a_rank_that_raises_is_heard_and_the_others_end(
     assert said.count("Traceback") == (kind == "own")  # the others' complaints are not shown
     if kind == "own":
         assert "in fail\n    raise" in done.stderr
+
+
+class InList(nn.Module):
+    """A decoder of one's own with blocks that have no names to keep."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(shape.layers))
+
+
+def test_a_decoder_that_cannot_be_cut_is_refused_before_any_process_starts(
+    tiny_run: MakeRun,
+) -> None:
+    run = tiny_run(layout="pp2 mb4 fp32", cluster={"devices": 2})
+    with pytest.raises(LayoutError, match="a pipeline for a InList"):
+        ridgeline.train(run, decoder=InList)
+    assert not run.path.exists()

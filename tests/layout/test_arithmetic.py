@@ -25,6 +25,7 @@ REFUSALS = [
     ("dp4", 64, 3, 4, "4·1 = 4, and 3 = 0·4 + 3", "a global batch of 4, or dp3 mb1"),
     ("tp3", 64, 8, 3, "attention heads: 8 is not a multiple of 3", "tp2"),
     ("tp8", 64, 8, 8, "key-value heads: 4 is not a multiple of 8", "tp4"),
+    ("tp16", 64, 8, 16, "attention heads: 8 is not a multiple of 16", "tp4"),
     ("cp7 tp4", 60, 8, 28, "60 is not a multiple of 14", "a sequence of 56 or 70"),
     ("pp8 v2", 64, 8, 8, "pp·v = 16 chunks holds at least one of 8 layers", "at most 8"),
     ("pp4 v2", 64, 6, 4, "a multiple of pp", "v1, or 8 micro-batches"),

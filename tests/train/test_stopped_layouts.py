@@ -51,7 +51,9 @@ def test_a_stopped_run_is_bit_for_bit_the_one_that_was_not(
     rows_of: RowsOf,
 ) -> None:
     whole = make_tiny_run(tmp_path / "whole", layout=layout, **SLOW)
-    train(whole, start_command)
+    said = train(whole, start_command)
+    word, axis = ("tp2", "tensor") if "tp2" in layout else ("pp2", "pipeline")
+    assert f"  {word} ({axis}): ranks 0 " in said
     stopped = make_tiny_run(tmp_path / "stopped", layout=layout, **SLOW)
     said = train(stopped, start_command, stop_at=3)
     assert "go on with: ridgeline train" in said

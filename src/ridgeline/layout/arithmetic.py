@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from ridgeline.errors import LayoutError
 from ridgeline.layout.context import positions_of
 from ridgeline.layout.layout import Layout
@@ -51,16 +53,17 @@ def check(
 
 
 def _check_tensor_and_context(layout: Layout, shape: ModelShape, sequence: int) -> None:
-    for what, number in (
-        ("attention heads", shape.heads),
-        ("key-value heads", shape.kv_heads),
-        ("feed-forward width", shape.ffn_hidden),
-    ):
+    widths = {
+        "attention heads": shape.heads,
+        "key-value heads": shape.kv_heads,
+        "feed-forward width": shape.ffn_hidden,
+    }
+    for what, number in widths.items():
         if number % layout.tensor:
             raise LayoutError(
                 f"tp{layout.tensor} for {shape.name}",
                 f"tp divides the {what}: {number} is not a multiple of {layout.tensor}",
-                f"tp{_near(number, layout.tensor)}",
+                f"tp{_near(math.gcd(*widths.values()), layout.tensor)}",
             )
     rows = -(-shape.vocab // layout.tensor)
     if rows * (layout.tensor - 1) >= shape.vocab:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from ridgeline.errors import LayoutError
 from ridgeline.layout.layout import Layout
 from ridgeline.layout.schedules import pipeline_schedule
 from ridgeline.layout.transfers import Step, Transfer, with_transfers
@@ -82,6 +83,7 @@ class Pipeline:
     """Times what it encloses."""
 
     def __post_init__(self) -> None:
+        self.expected = self.hidden().to("meta")
         self.kept: dict[tuple[int, int], Kept] = {}
         self.here: dict[Key, Tensor] = {}
         self.arriving: dict[Key, tuple[Tensor, dist.Work]] = {}
@@ -168,6 +170,7 @@ class Pipeline:
         tag = (step.chunk * 2 + (step.what == "B")) * 100_000 + step.micro_batch
         if step.kind == "send":
             value = self.here.pop(key).contiguous()
+            self._check(value, step)
             sent = dist.isend(value, group=self.group, group_dst=step.peer, tag=tag)
             assert sent is not None
             return [sent]
@@ -176,3 +179,13 @@ class Pipeline:
         assert work is not None
         self.arriving[key] = (value, work)
         return []
+
+    def _check(self, value: Tensor, step: Transfer) -> None:
+        """Refuse what the other end has no room for: it would abort there, or wait for ever."""
+        there = self.expected
+        if (value.shape, value.dtype) != (there.shape, there.dtype):
+            raise LayoutError(
+                f"sending {value.dtype} {tuple(value.shape)} to chunk {step.chunk} of a pipeline",
+                f"chunks hand on hidden states (B, L, D), here {there.dtype} {tuple(there.shape)}",
+                "blocks whose output has the shape and the precision of their input",
+            )

@@ -85,7 +85,7 @@ def train(
         refuse_foreign_checkpoint(resolved, mixture)
         environment = describe_environment(str(host.device), processes, threads)
         write_folder(resolved, reasons, environment)
-        _announce(resolved, reasons)
+        _announce(resolved, reasons, local_processes() if launched else None)
         if launched or processes == 1:
             outcome = work(*arguments)
         else:
@@ -165,13 +165,14 @@ def _beside(loss: float, baseline: float) -> str:
     return f"{abs(baseline - loss):.3f} {'below' if loss <= baseline else 'above'}"
 
 
-def _announce(run: Run, reasons: dict[str, str]) -> None:
+def _announce(run: Run, reasons: dict[str, str], node: int | None) -> None:
+    """Say what is trained, how and why, and who sits where; `node`: ranks of a node, if known."""
+    assert isinstance(run.layout, Layout)
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"run {run.path}  model {run.model.name}  layout {run.layout}", markup=False)
     for name, reason in reasons.items():
         console.print(f"  {name}: {reason}", markup=False)
-    assert isinstance(run.layout, Layout)
-    for line in RankGrid(run.layout).describe(local_processes() if started_by_launcher() else None):
+    for line in RankGrid(run.layout).describe(node):
         console.print(f"  {line}", markup=False)
     if run.layout.pipeline > 1:
         cuts = chunks_of(run.layout, run.model, run.sequence)
