@@ -108,6 +108,6 @@ def test_a_decoder_that_cannot_be_cut_is_refused_before_any_process_starts(
     tiny_run: MakeRun,
 ) -> None:
     run = tiny_run(layout="pp2 mb4 fp32", cluster={"devices": 2})
-    with pytest.raises(LayoutError, match="a pipeline for a InList"):
+    with pytest.raises(LayoutError, match="pp2 for a InList"):
         ridgeline.train(run, decoder=InList)
     assert not run.path.exists()
