@@ -32,7 +32,11 @@ from torch.distributed.tensor._collective_utils import MeshTopoInfo
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import Placement
 from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import CheckpointPolicy
+from torch.utils.checkpoint import (
+    SAC_IGNORED_OPS,
+    CheckpointPolicy,
+    create_selective_checkpoint_contexts,
+)
 
 __all__ = [
     "HashStore",
@@ -45,8 +49,8 @@ __all__ = [
     "compiled_graphs",
     "drop_gathered",
     "forget_meshes",
+    "in_backward",
     "input_half",
-    "keeps_in_selective",
     "local_offset",
     "local_part",
     "multiplies_bf16",
@@ -55,6 +59,7 @@ __all__ = [
     "peak_memory_bytes",
     "reduce_now",
     "replicate",
+    "selective_contexts",
     "shard",
     "unshard",
     "weight_half",
@@ -126,6 +131,14 @@ def compiled_graphs() -> tuple[int, int]:
     from torch._dynamo.utils import counters
 
     return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+
+
+def in_backward() -> bool:
+    """Whether a backward pass runs this, as what it recomputes; the compiler cannot trace it.
+
+    As FSDP2 asks. Private name. Tested on 2.13.0.
+    """
+    return torch._C._current_graph_task_id() != -1
 
 
 def unshard(module: nn.Module) -> None:
@@ -218,8 +231,25 @@ PRODUCTS = (
 )
 
 
-def keeps_in_selective(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Selective recomputation keeps matrix products and messages; the rest is computed again."""
+def selective_contexts() -> Any:
+    """What selective recomputation runs a forward pass in, and its repetition.
+
+    It counts operations of a kind and refuses more than at first. FSDP2 marks its work for the
+    profiler, and within a block (experts) marks more in a repetition, of which it takes the unit
+    for a root. Tested on 2.13.0.
+    """
+    marks = torch.ops.profiler
+    SAC_IGNORED_OPS.update(
+        {
+            marks._record_function_enter_new.default,
+            marks._record_function_exit._RecordFunction,
+        }
+    )
+    return create_selective_checkpoint_contexts(_keeps_in_selective)  # type: ignore[no-untyped-call]
+
+
+def _keeps_in_selective(context: Any, operation: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+    """Kept are products, and what tensor parallelism gathers and sums; the rest is recomputed."""
     keep = operation in PRODUCTS
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 

@@ -29,7 +29,11 @@ LAYOUTS = (
     "dp1 mb8", "dp1 mb2", "dp1 mb1",  # accumulation over 1, 4 and 8 micro-batches; 2 in one process
     "dp1 mb8 selective", "dp1 mb8 full",
 )  # fmt: skip
-EXPERT_LAYOUTS = ("dp2 ep2 mb2", "dp4 ep4 mb2", "dp2 ep2 tp2 pp2 mb2")
+EXPERT_LAYOUTS = (
+    "dp2 ep2 mb2", "dp4 ep4 mb2", "dp2 ep2 tp2 pp2 mb2",
+    # recomputed within a block: the experts' own shards, and visits, some once and some twice
+    "dp2 ep2 mb1 selective", "dp2 pp2 ep2 mb1 zbv full", "pp2 mb1 dualpipev full",
+)  # fmt: skip
 STEPS = 6
 
 

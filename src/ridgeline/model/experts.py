@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from ridgeline.errors import ModelError
 from ridgeline.model.shape import ExpertShape, ModelShape
+from ridgeline.torch_compat import in_backward
 
 ROW_MULTIPLE = 8
 """Grouped matrix products want rows of whole 16 bytes: 8 elements in bf16."""
@@ -155,8 +156,8 @@ class MixtureOfExperts(nn.Module):
         """(E), float32: part of the model, but moved by a rule and not by a gradient."""
         self.register_buffer("selection_bias", torch.zeros(experts.count))
         self.visits: Tensor
-        """(E), int64: visits while training since the last move of the bias. Recomputation counts
-        every visit of a layer twice, which changes no comparison between its experts."""
+        """(E), int64: visits while training since the last move of the bias; what backward computes
+        again, and in halves twice, counts no more."""
         visits = torch.zeros(experts.count, dtype=torch.int64)
         self.register_buffer("visits", visits, persistent=False)
 
@@ -192,7 +193,8 @@ class MixtureOfExperts(nn.Module):
             weight_BLK = weight_BLK / weight_BLK.sum(-1, keepdim=True)
         weight_BLK = weight_BLK * settings.scale
         if self.training:
-            self.visits += visits_E
+            if torch.compiler.is_compiling() or not in_backward():
+                self.visits += visits_E
             if settings.balance_weight:
                 loss = self._balance_loss(scores_BLE, visits_BE)
                 weight_BLK = _WithLoss.apply(weight_BLK, loss)  # type: ignore[no-untyped-call]

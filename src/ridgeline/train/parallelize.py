@@ -15,14 +15,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 from ridgeline.layout.context import kind_of, positions_of
 from ridgeline.layout.grid import RankGrid, expert_sizes, shard_sizes
 from ridgeline.layout.layout import Axis, Layout
 from ridgeline.layout.stages import Chunk
 from ridgeline.model.shape import ModelShape
-from ridgeline.torch_compat import keeps_in_selective, replicate, shard
+from ridgeline.torch_compat import replicate, selective_contexts, shard
 from ridgeline.train.experts import count_whole_sequences, divide_experts, mixtures
 from ridgeline.train.float8 import to_float8
 from ridgeline.train.tensor import divide_tensors
@@ -165,5 +165,4 @@ def _recomputing(kind: str, forward: Any, *arguments: Any) -> Any:
     """A block's forward pass that backward does again: all of it, or what is not a product."""
     if kind == "full":
         return checkpoint(forward, *arguments, use_reentrant=False)
-    contexts = partial(create_selective_checkpoint_contexts, keeps_in_selective)
-    return checkpoint(forward, *arguments, use_reentrant=False, context_fn=contexts)
+    return checkpoint(forward, *arguments, use_reentrant=False, context_fn=selective_contexts)

@@ -144,12 +144,16 @@ class Pipeline:
                     self.here["B", chunk - 1, micro_batch] = given
                 self.kept[chunk, micro_batch] = kept._replace(gradient=gradient, groups=groups)
                 return
-            prepare(module, self.layout.zero, reduce=last or self.layout.zero >= 2, last=last)
+            reduce = last or self.layout.zero >= 2
             if split:
                 unshard(module)
+                # In several passes: one that recomputes experts would end with a reduction.
+                prepare(module, self.layout.zero, reduce=False, last=False)
                 weight_half(module.parameters(), kept.groups)
+                prepare(module, self.layout.zero, reduce=reduce, last=last)
                 reduce_now(module)
                 return
+            prepare(module, self.layout.zero, reduce=reduce, last=last)
             torch.autograd.backward(kept.made, gradient)
             if chunk > 0:
                 assert kept.given.grad is not None

@@ -6,6 +6,8 @@ both alike.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -38,11 +40,12 @@ def sum_tied(pipeline: Pipeline) -> nn.Parameter | None:
         ours = _gradient(parameter)
         theirs = torch.empty_like(ours)
         peer = pipeline.layout.pipeline - 1 - pipeline.rank
-        operations = [
-            dist.P2POp(dist.isend, ours, group=pipeline.group, group_peer=peer),
-            dist.P2POp(dist.irecv, theirs, group=pipeline.group, group_peer=peer),
-        ]
-        for work in dist.batch_isend_irecv(operations):
+        # One by one, in the order of both ends: a batch would be a collective call of the whole
+        # pipeline on NCCL, where the stages between would be waited for (for ever).
+        send = partial(dist.isend, ours, group=pipeline.group, group_dst=peer)
+        receive = partial(dist.irecv, theirs, group=pipeline.group, group_src=peer)
+        for work in [each() for each in ((send, receive) if head is None else (receive, send))]:
+            assert work is not None
             work.wait()
         ours += theirs
     return head
