@@ -100,7 +100,7 @@ ALLOWED: dict[str, set[str]] = {
     "human": set(),
     "processes": set(),
     "torch_compat": set(),
-    "model": FOUNDATION,
+    "model": FOUNDATION | {"torch_compat"},
     "machine": FOUNDATION,
     "layout": FOUNDATION | {"model"},
     "ledger": FOUNDATION,

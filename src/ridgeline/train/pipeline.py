@@ -29,6 +29,10 @@ Key = tuple[str, int, int]
 """What is handed over (F hidden states, B their gradient), to which chunk, for which micro-batch"""
 
 
+MOST_LEAVING = 8
+"""Sends that a rank has under way; each keeps its tensor alive."""
+
+
 class Kept(NamedTuple):
     """What a micro-batch leaves on a chunk until its backward pass."""
 
@@ -98,8 +102,10 @@ class Pipeline:
         leaving: list[dist.Work] = []
         for step in steps_of(self.layout, self.rank, len(tokens), training):
             if isinstance(step, Transfer):
-                # A message that has left must not keep its tensor until the end of the step.
-                leaving = [work for work in leaving if not work.is_completed()]
+                # Its tensor lives until a send is waited for. Nobody waits for ever: the other
+                # end asks for it at the same moment of the replay, before this one.
+                while len(leaving) > MOST_LEAVING:
+                    leaving.pop(0).wait()
                 leaving += self._transfer(step)
             elif step.kind == "F":
                 given = tokens[step.micro_batch] if step.chunk == 0 else self._take("F", *step[1:])
