@@ -84,8 +84,7 @@ def _check_pipeline(layout: Layout, shape: ModelShape, micro_batches: int) -> No
             f"each of the pp·v = {chunks} chunks holds at least one of {shape.layers} layers",
             f"pp·v of at most {shape.layers}",
         )
-    folded = layout.schedule in ("zbv", "dualpipev")  # v2 is what they always have
-    if layout.interleave > 1 and not folded and micro_batches % layout.pipeline:
+    if layout.interleave > 1 and micro_batches % layout.pipeline:
         raise LayoutError(
             f"v{layout.interleave} over pp{layout.pipeline} with micro-batches: {micro_batches}",
             "interleaving needs the number of micro-batches to be a multiple of pp",
