@@ -83,7 +83,8 @@ def test_compiled_blocks_are_the_same_model(
     assert found.equal, table(found)
 
 
-@pytest.mark.parametrize("name", ["dense", "gpt", "mixture"])
+# Not of a mixture: a rounding in bf16 can send a token to another expert, which is no small change.
+@pytest.mark.parametrize("name", ["dense", "gpt"])
 def test_bf16_agrees_within_what_its_eight_bits_explain_in_every_layout(
     name: str, make_tiny_run: MakeRun, tmp_path: Path, pool: Pool
 ) -> None:
