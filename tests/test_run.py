@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
@@ -84,7 +84,8 @@ runs = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
+@example(values={"model": SHAPE}, reason="#")
 @given(values=runs, reason=texts)
 def test_a_run_reads_back_from_its_toml(values: dict[str, Any], reason: str) -> None:
     run = make_run(values)

@@ -308,7 +308,7 @@ def _fill(table: Any, values: Mapping[str, Any], prefix: str, reasons: Mapping[s
         else:
             item = tomlkit.item(value)
             if f"{prefix}{key}" in reasons:
-                item.comment(reasons[f"{prefix}{key}"])
+                item.comment(f"# {reasons[f'{prefix}{key}']}")
             table.add(key, item)
 
 

@@ -136,7 +136,7 @@ def compiled_graphs() -> tuple[int, int]:
 def in_backward() -> bool:
     """Whether a backward pass runs this, as what it recomputes; the compiler cannot trace it.
 
-    As FSDP2 asks. Private name. Tested on 2.13.0.
+    As FSDP2 asks. Private name. Tested on 2.11.0 and 2.13.0.
     """
     return torch._C._current_graph_task_id() != -1
 
@@ -236,7 +236,7 @@ def selective_contexts() -> Any:
 
     It counts operations of a kind and refuses more than at first. FSDP2 marks its work for the
     profiler, and within a block (experts) marks more in a repetition, of which it takes the unit
-    for a root. Tested on 2.13.0.
+    for a root. Tested on 2.11.0 and 2.13.0.
     """
     marks = torch.ops.profiler
     SAC_IGNORED_OPS.update(
@@ -302,8 +302,8 @@ def attend_block(
     """Attention of one block of keys by PyTorch's flash kernels, outside of autograd.
 
     Returns the output (B, N, L, H) and the float32 log-sum-exp (B, N, L) of the scaled scores.
-    CPU: tested on 2.13.0. Accelerators: never run on one, only as shapes on the meta device; CUDA's
-    kernels take bf16 and fp16 only, and an H that is a multiple of 8.
+    CPU: tested on 2.11.0 and 2.13.0. Accelerators: never run on one, only as shapes on the meta
+    device; CUDA's kernels take bf16 and fp16 only, and an H that is a multiple of 8.
     """
     if q_BNLH.device.type == "cpu":
         out_BNLH, lse_BNL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(

@@ -29,7 +29,7 @@ from ridgeline.plan.explore import (
 from ridgeline.plan.plan import price
 from ridgeline.plan.question import Question, question
 from ridgeline.plan.timeline import replay
-from ridgeline.plan.timeline_picture import schedule_of
+from ridgeline.plan.timeline_picture import replayable
 
 
 def small() -> Question:
@@ -152,7 +152,7 @@ def test_the_replay_of_uneven_stages_agrees_with_the_closed_form(sentence: str) 
     asked = question(entry("llama2-7b").shape, on, batch_tokens=2**20, sequence=4096)
     durations = chunk_durations(asked, layout, layout.pipeline)
     assert max(durations.forward_s) > 1.1 * min(durations.forward_s)
-    replayed = replay(schedule_of(layout, 128), durations).step_s
+    replayed = replay(replayable(layout, 128), durations).step_s
     step = price(asked, [layout])[0]
     beside = (step.ledger.seconds.data_s or 0) + (step.ledger.seconds.optimizer_s or 0)
     assert replayed == pytest.approx(step.step_s - beside, rel=0.03)

@@ -24,7 +24,7 @@ from itertools import pairwise
 from typing import Literal, NamedTuple
 
 from ridgeline.errors import LayoutError
-from ridgeline.layout.layout import Schedule
+from ridgeline.layout.layout import Layout, Schedule
 
 Kind = Literal["F", "B", "I", "W"]
 
@@ -162,6 +162,12 @@ def pipeline_schedule(
         rank_of_chunk=rank_of_chunk,
         actions=tuple(tuple(actions) for actions in lists),
     )
+
+
+def schedule_of(layout: Layout, micro_batches: int) -> PipelineSchedule:
+    """The schedule of a layout. Without a pipeline there is one chunk, also where it would fold."""
+    name = layout.schedule if layout.pipeline > 1 else "1f1b"
+    return pipeline_schedule(name, layout.pipeline, micro_batches, layout.interleave)
 
 
 class _Order(NamedTuple):

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from ridgeline.errors import LayoutError
 from ridgeline.layout.layout import Layout
-from ridgeline.layout.schedules import chunks_per_rank
+from ridgeline.layout.schedules import schedule_of
 from ridgeline.model.counts import flops_per_token
 from ridgeline.model.shape import ModelShape
 
@@ -31,9 +31,7 @@ def chunks_of(layout: Layout, shape: ModelShape, sequence: int) -> tuple[Chunk, 
     Cost is FLOPs per token: the head weighs as many layers as it costs, so the last chunk holds
     fewer. Raises LayoutError when there are more chunks than layers.
     """
-    count = layout.pipeline * chunks_per_rank(layout.schedule, layout.interleave)
-    if layout.pipeline == 1:
-        count = 1
+    count = schedule_of(layout, 1).chunks
     if count > shape.layers:
         raise LayoutError(
             f"layout '{layout}' for {shape.name}",

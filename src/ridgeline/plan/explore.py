@@ -29,7 +29,7 @@ from ridgeline.plan.question import Question, physics, usable
 from ridgeline.plan.search import Pricer
 from ridgeline.plan.space import space
 from ridgeline.plan.timeline import Durations, replay
-from ridgeline.plan.timeline_picture import MOST_BARS, drawn, schedule_of
+from ridgeline.plan.timeline_picture import MOST_BARS, drawn, replayable
 
 KNOBS = (
     "micro_batch", "tensor", "pipeline", "context", "interleave", "schedule", "zero", "recompute",
@@ -127,11 +127,11 @@ def draw_step(
     the words tell of the whole step. ZeRO's gathers, reductions and the optimizer are not in it.
     """
     micro_batches = asked.global_batch // (layout.data * layout.micro_batch)
-    whole = schedule_of(layout, micro_batches)
+    whole = replayable(layout, micro_batches)
     durations = chunk_durations(asked, layout, whole.chunks)
     if svg is not None:
         most = max(1, MOST_BARS // (3 * whole.chunks))  # forward, and backward in two parts
-        part = schedule_of(layout, min(micro_batches, 3 * layout.pipeline, most))
+        part = replayable(layout, min(micro_batches, 3 * layout.pipeline, most))
         drawn(replay(part, durations), svg)
     return drawn(replay(whole, durations), trace=trace)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from ridgeline import human
 from ridgeline.errors import LayoutError
 from ridgeline.layout.layout import Layout
-from ridgeline.layout.schedules import PipelineSchedule, chunks_per_rank, pipeline_schedule
+from ridgeline.layout.schedules import PipelineSchedule, schedule_of
 from ridgeline.plan.timeline import Timeline, even_durations, replay
 
 WIDTH = 960
@@ -48,7 +48,7 @@ def draw(
     The seconds are those of one micro-batch on one rank, all its chunks together. Raises
     LayoutError.
     """
-    schedule = schedule_of(Layout.model_validate(sentence), micro_batches)
+    schedule = replayable(Layout.model_validate(sentence), micro_batches)
     per_rank = schedule.chunks // schedule.ranks
     durations = even_durations(
         schedule.chunks,
@@ -60,9 +60,9 @@ def draw(
     return drawn(replay(schedule, durations), svg, trace)
 
 
-def schedule_of(layout: Layout, micro_batches: int) -> PipelineSchedule:
-    """The lists of actions of a layout. Raises LayoutError for more than can be replayed."""
-    chunks = layout.pipeline * chunks_per_rank(layout.schedule, layout.interleave)
+def replayable(layout: Layout, micro_batches: int) -> PipelineSchedule:
+    """The schedule of a layout. Raises LayoutError for more than can be replayed."""
+    chunks = schedule_of(layout, 1).chunks
     if micro_batches * chunks > MOST_PASSES:
         raise LayoutError(
             f"{micro_batches:,} micro-batches through {chunks:,} chunks",
@@ -70,7 +70,7 @@ def schedule_of(layout: Layout, micro_batches: int) -> PipelineSchedule:
             "replayed",
             f"{max(1, MOST_PASSES // chunks):,} micro-batches: more of them idle no longer",
         )
-    return pipeline_schedule(layout.schedule, layout.pipeline, micro_batches, layout.interleave)
+    return schedule_of(layout, micro_batches)
 
 
 def drawn(timeline: Timeline, svg: Path | None = None, trace: Path | None = None) -> str:

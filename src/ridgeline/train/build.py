@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from ridgeline.data.mixture import Mixture, open_mixture
 from ridgeline.errors import LayoutError, ModelError
 from ridgeline.layout.layout import Layout
-from ridgeline.layout.schedules import pipeline_schedule
+from ridgeline.layout.schedules import schedule_of
 from ridgeline.layout.stages import Chunk, chunks_of
 from ridgeline.model.shape import ModelShape
 from ridgeline.run import Optimizer, Run
@@ -96,7 +96,7 @@ def build(run: Run, decoder: MakeDecoder, mesh: Mesh, clock: Clock) -> Pipeline:
     """
     layout, shape = mesh.layout, run.model
     cuts = chunks_of(layout, shape, run.sequence)
-    ranks = pipeline_schedule(layout.schedule, layout.pipeline, 1, layout.interleave).rank_of_chunk
+    ranks = schedule_of(layout, 1).rank_of_chunk
     mine = [chunk for chunk in cuts if ranks[chunk.index] == mesh.place["pipeline"]]
     chunks = {chunk.index: _make_chunk(run, decoder, mesh, chunk, len(cuts)) for chunk in mine}
     length = run.sequence // (layout.context * layout.tensor)

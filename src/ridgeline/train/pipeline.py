@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from ridgeline.errors import LayoutError
 from ridgeline.layout.layout import Layout
-from ridgeline.layout.schedules import pipeline_schedule
+from ridgeline.layout.schedules import schedule_of
 from ridgeline.layout.transfers import Step, Transfer, with_transfers
 from ridgeline.torch_compat import input_half, reduce_now, unshard, weight_half
 
@@ -46,13 +46,8 @@ class Kept(NamedTuple):
 
 @lru_cache(maxsize=64)
 def steps_of(layout: Layout, rank: int, micro_batches: int, training: bool) -> tuple[Step, ...]:
-    """What pipeline rank `rank` does with its micro-batches, sends and receives included.
-
-    Without a pipeline there is one chunk, also where the schedule would fold the model in two.
-    """
-    name = layout.schedule if layout.pipeline > 1 else "1f1b"
-    schedule = pipeline_schedule(name, layout.pipeline, micro_batches, layout.interleave)
-    return with_transfers(schedule, forward_only=not training)[rank]
+    """What pipeline rank `rank` does with its micro-batches, sends and receives included."""
+    return with_transfers(schedule_of(layout, micro_batches), forward_only=not training)[rank]
 
 
 def prepare(module: nn.Module, zero: int, *, reduce: bool, last: bool) -> None:
