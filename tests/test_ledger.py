@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from ridgeline.errors import LedgerError
 from ridgeline.ledger import (
+    Calls,
     Ledger,
     Memory,
     SentBytes,
@@ -36,6 +37,8 @@ ledgers = table(
     memory=st.lists(table(Memory), max_size=3).map(tuple),
     seconds=table(StepSeconds),
     sent=table(SentBytes),
+    calls=table(Calls),
+    flops_by_module=st.dictionaries(st.text(), st.floats(0, 1e30)),
     goodput=st.none() | st.floats(0, 1),
     currency=st.just("USD"),
     sources=st.dictionaries(st.sampled_from(term_names()), st.text()),
@@ -48,24 +51,31 @@ def test_json_and_back(ledger: Ledger) -> None:
 
 
 def test_the_terms_are_these() -> None:
-    # The one schema that plan, rehearse, train and audit share: changing it raises SCHEMA.
+    # The one schema that plan, rehearse, train and audit share: a change of meaning raises SCHEMA.
     assert list(Memory.model_fields) == [
         *("weights_bytes", "gradients_bytes", "optimizer_bytes", "activations_bytes"),
         *("temporary_bytes", "framework_bytes", "total_bytes"),
     ]
     assert list(StepSeconds.model_fields) == [
-        *("compute_s", "tensor_s", "pipeline_s", "data_s", "context_s", "expert_s", "bubble_s"),
-        *("host_s", "optimizer_s", "data_stall_s", "checkpoint_stall_s", "total_s"),
+        *("compute_s", "forward_s", "backward_s"),
+        *("tensor_s", "pipeline_s", "data_s", "context_s", "expert_s", "bubble_s"),
+        *("host_s", "optimizer_s", "data_stall_s", "checkpoint_stall_s"),
+        *("evaluation_s", "logging_s", "total_s"),
     ]
     assert list(SentBytes.model_fields) == [
         *("tensor_bytes", "pipeline_bytes", "data_bytes", "context_bytes", "expert_bytes"),
+        "world_bytes",
     ]
-    assert len(set(term_names())) == 7 + 12 + 5 + 10
+    assert list(Calls.model_fields) == [
+        each.removesuffix("_bytes") for each in SentBytes.model_fields
+    ]
+    assert len(set(term_names())) == 7 + 16 + 6 + 6 + 12
     top = json.loads(Ledger(witness="plan").to_json())
     assert list(top) == [
-        *("schema_version", "witness", "memory", "seconds", "sent", "flops_per_device"),
-        *("hardware_flops_per_device", "tokens_per_s", "mfu", "mfu_full_attention", "hfu"),
-        *("goodput", "train_s", "energy_j", "money", "currency", "sources"),
+        *("schema_version", "witness", "memory", "seconds", "sent", "calls", "kernels"),
+        *("flops_per_device", "hardware_flops_per_device", "flops_by_module", "tokens_per_s"),
+        *("mfu", "mfu_full_attention", "hfu", "goodput", "train_s", "step_energy_j", "energy_j"),
+        *("money", "currency", "sources"),
     ]
 
 

@@ -65,6 +65,10 @@ class StepSeconds(_Table):
 
     compute_s: Quantity | None = None
     """Forward, backward and recomputation."""
+    forward_s: Quantity | None = None
+    """The part of `compute_s` that is forward."""
+    backward_s: Quantity | None = None
+    """The part of `compute_s` that is backward, with what it recomputes."""
     tensor_s: Quantity | None = None
     """Exposed tensor-parallel communication."""
     pipeline_s: Quantity | None = None
@@ -85,6 +89,10 @@ class StepSeconds(_Table):
     """Waiting for the next batch."""
     checkpoint_stall_s: Quantity | None = None
     """Waiting for a checkpoint, spread over the steps between two."""
+    evaluation_s: Quantity | None = None
+    """Evaluations, spread over the steps between two."""
+    logging_s: Quantity | None = None
+    """Writing down numbers, spread over all steps."""
     total_s: Quantity | None = None
     """The whole step. May exceed the sum of the causes that a witness can tell apart."""
 
@@ -102,6 +110,25 @@ class SentBytes(_Table):
     """Over context-parallel ranks."""
     expert_bytes: Quantity | None = None
     """Over expert-parallel ranks."""
+    world_bytes: Quantity | None = None
+    """Over all ranks: the gradient's norm and the loss."""
+
+
+class Calls(_Table):
+    """Collective calls, sends and receives of one device in one optimizer step, by mesh axis."""
+
+    tensor: Quantity | None = None
+    """Over tensor-parallel ranks."""
+    pipeline: Quantity | None = None
+    """To and from neighbouring pipeline stages."""
+    data: Quantity | None = None
+    """Over data-parallel replicas."""
+    context: Quantity | None = None
+    """Over context-parallel ranks."""
+    expert: Quantity | None = None
+    """Over expert-parallel ranks."""
+    world: Quantity | None = None
+    """Over all ranks."""
 
 
 class Ledger(_Table):
@@ -117,10 +144,16 @@ class Ledger(_Table):
     """Where a step's time goes."""
     sent: SentBytes = SentBytes()
     """What a device sends in a step."""
+    calls: Calls = Calls()
+    """How often it does."""
+    kernels: Quantity | None = None
+    """Operations that the host launches on one device in a step."""
     flops_per_device: Quantity | None = None
     """FLOP of one step on one device that the model asks for, without recomputation."""
     hardware_flops_per_device: Quantity | None = None
     """FLOP of one step on one device that are executed, with recomputation."""
+    flops_by_module: dict[str, Quantity] = {}
+    """Executed FLOP of a step on one device by kind of module, as `mlp`; empty: not known."""
     tokens_per_s: Quantity | None = None
     """Tokens of all devices together."""
     mfu: Quantity | None = None
@@ -133,6 +166,8 @@ class Ledger(_Table):
     """Share of the run's time that is kept work, between failures, checkpoints and restarts."""
     train_s: Quantity | None = None
     """Seconds of the whole run."""
+    step_energy_j: Quantity | None = None
+    """Energy of one step on all devices."""
     energy_j: Quantity | None = None
     """Energy of the whole run."""
     money: Quantity | None = None
@@ -175,17 +210,23 @@ class Ledger(_Table):
         return self.model_dump_json(indent=2) + "\n"
 
 
+NO_TERMS = ("schema_version", "witness", "sources", "currency", "flops_by_module")
+"""Fields that are no single quantity."""
+
+
 def term_names() -> list[str]:
     """Every term of a ledger by its dotted name, stages of memory taken together."""
     parts: dict[str, type[BaseModel]] = {
         "memory": Memory,
         "seconds": StepSeconds,
         "sent": SentBytes,
+        "calls": Calls,
     }
     plain = [
         name
         for name in Ledger.model_fields
-        if name not in (*parts, "schema_version", "witness", "sources", "currency")
+        if name
+        not in (*parts, "schema_version", "witness", "sources", "currency", "flops_by_module")
     ]
     return plain + [f"{name}.{term}" for name, part in parts.items() for term in part.model_fields]
 

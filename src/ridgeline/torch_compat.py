@@ -12,6 +12,9 @@ from torch import Tensor, nn
 # In-process store of a one-member group, and the store behind env://; re-exported by
 # torch.distributed only conditionally. Tested on 2.11.0 and 2.13.0.
 from torch._C._distributed_c10d import HashStore, TCPStore
+
+# A process group by its name. Private name. Tested on 2.11.0 and 2.13.0.
+from torch._C._distributed_c10d import _resolve_process_group as group_named
 from torch.distributed import ProcessGroup
 
 # FSDP2's replicate: DDP semantics on FSDP2's engine, with its mixed precision. Private path.
@@ -49,6 +52,7 @@ __all__ = [
     "compiled_graphs",
     "drop_gathered",
     "forget_meshes",
+    "group_named",
     "in_backward",
     "input_half",
     "local_offset",
