@@ -7,7 +7,7 @@ B sequences of a micro-batch, L tokens of a sequence on this rank, D hidden.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from ridgeline.errors import LayoutError
 from ridgeline.layout.layout import Layout
-from ridgeline.layout.schedules import schedule_of
+from ridgeline.layout.schedules import Action, schedule_of
 from ridgeline.layout.transfers import Step, Transfer, with_transfers
 from ridgeline.torch_compat import input_half, reduce_now, unshard, weight_half
 
@@ -30,7 +30,7 @@ Key = tuple[str, int, int]
 
 
 MOST_LEAVING = 8
-"""Sends that a rank has under way; each keeps its tensor alive."""
+"""Sends that a rank has under way."""
 
 
 class Kept(NamedTuple):
@@ -80,12 +80,17 @@ class Pipeline:
     """The pipeline axis."""
     phase: Callable[[str], AbstractContextManager[None]]
     """Times what it encloses."""
+    steps: Callable[[Layout, int, int, bool], Sequence[Step]] = steps_of
+    """What a rank does; a rehearsal leaves out what only repeats."""
+    around: Callable[[Step], AbstractContextManager[object]] = nullcontext
+    """Sees each step."""
 
     def __post_init__(self) -> None:
         self.expected = self.hidden().to("meta")
         self.kept: dict[tuple[int, int], Kept] = {}
         self.here: dict[Key, Tensor] = {}
         self.arriving: dict[Key, tuple[Tensor, dist.Work]] = {}
+        self.leaving: list[tuple[dist.Work, Tensor]] = []
 
     def run(self, tokens: Sequence[Tensor], loss_of: LossOf, training: bool = True) -> Tensor:
         """One pass over the micro-batches `tokens`, (B, L) each; gradients add up in parameters.
@@ -94,23 +99,24 @@ class Pipeline:
         """
         total = torch.zeros((), device=self.positions.device)
         left = dict.fromkeys(self.chunks, len(tokens))
-        leaving: list[dist.Work] = []
-        for step in steps_of(self.layout, self.rank, len(tokens), training):
-            if isinstance(step, Transfer):
-                # Its tensor lives until a send is waited for. Nobody waits for ever: the other
-                # end asks for it at the same moment of the replay, before this one.
-                while len(leaving) > MOST_LEAVING:
-                    leaving.pop(0).wait()
-                leaving += self._transfer(step)
-            elif step.kind == "F":
-                given = tokens[step.micro_batch] if step.chunk == 0 else self._take("F", *step[1:])
-                with self.phase("forward"):
-                    total += self._forward(*step[1:], given, loss_of, training)
-            else:
-                left[step.chunk] -= step.kind != "I"
-                self._backward(*step, last=left[step.chunk] == 0)
-        for work in leaving:
-            work.wait()
+        for step in self.steps(self.layout, self.rank, len(tokens), training):
+            with self.around(step):
+                if isinstance(step, Transfer):
+                    # Nobody waits for ever: the other end asks for it at the same moment of the
+                    # replay, before this one.
+                    while len(self.leaving) > MOST_LEAVING:
+                        self.leaving.pop(0)[0].wait()
+                    self._transfer(step)
+                elif step.kind == "F":
+                    given = tokens[step.micro_batch] if step.chunk == 0 else self._take(step)
+                    with self.phase("forward"):
+                        total += self._forward(*step[1:], given, loss_of, training)
+                    del given
+                else:
+                    left[step.chunk] -= step.kind != "I"
+                    self._backward(*step, last=left[step.chunk] == 0)
+        while self.leaving:
+            self.leaving.pop(0)[0].wait()
         return total
 
     def _forward(
@@ -134,7 +140,7 @@ class Pipeline:
         split = kind in "IW" and chunk > 0  # tokens have no gradient: W of chunk 0 does it all
         gradient = kept.gradient
         if kind in "BI" and chunk < self.count - 1:
-            gradient = self._take("B", chunk, micro_batch)
+            gradient = self._take(Action("B", chunk, micro_batch))
         with self.phase("backward"):
             if kind == "I":
                 groups = None
@@ -160,17 +166,17 @@ class Pipeline:
                 assert kept.given.grad is not None
                 self.here["B", chunk - 1, micro_batch] = kept.given.grad
 
-    def _take(self, what: str, chunk: int, micro_batch: int) -> Tensor:
-        """What a neighbour made for `chunk`: on this rank, or waited for."""
-        if (key := (what, chunk, micro_batch)) in self.here:
+    def _take(self, key: Key) -> Tensor:
+        """What a neighbour made for a chunk: on this rank, or waited for."""
+        if key in self.here:
             return self.here.pop(key)
         value, work = self.arriving.pop(key)
         with self.phase("pipeline wait"):
             work.wait()
         return value
 
-    def _transfer(self, step: Transfer) -> list[dist.Work]:
-        """Start a message; what a send has to wait for in the end."""
+    def _transfer(self, step: Transfer) -> None:
+        """Start a message; a tensor that is sent lives until the message is gone."""
         key = (step.what, step.chunk, step.micro_batch)
         tag = (step.chunk * 2 + (step.what == "B")) * 100_000 + step.micro_batch
         if step.kind == "send":
@@ -178,12 +184,12 @@ class Pipeline:
             self._check(value, step)
             sent = dist.isend(value, group=self.group, group_dst=step.peer, tag=tag)
             assert sent is not None
-            return [sent]
+            self.leaving.append((sent, value))
+            return
         value = self.hidden()
         work = dist.irecv(value, group=self.group, group_src=step.peer, tag=tag)
         assert work is not None
         self.arriving[key] = (value, work)
-        return []
 
     def _check(self, value: Tensor, step: Transfer) -> None:
         """Refuse what the other end has no room for: it would abort there, or wait for ever."""
