@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -209,12 +210,14 @@ def fake_process_group(rank: int, world: int) -> Iterator[None]:
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    hook = sys.excepthook  # a process group puts its rank before every line of an error
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     try:
         yield
     finally:
         dist.destroy_process_group()
         forget_meshes()
+        sys.excepthook = hook
 
 
 def unshard(module: nn.Module) -> None:
