@@ -54,7 +54,7 @@ def every_verb(group: click.Group, prefix: str = "") -> list[str]:
 
 def test_the_verbs_are_these() -> None:
     assert sorted(every_verb(cli.verbs)) == [
-        "cost", "data", "data prepare", "machines", "models", "parity", "pipeline", "plan", "probe",
+        "audit", "cost", "data", "data prepare", "machines", "models", "parity", "pipeline", "plan", "probe",
         "report", "sample", "train", "validate", "version",
     ]  # fmt: skip
 
@@ -150,6 +150,9 @@ BAD_INPUT = {
     "sample runs/other": "no checkpoint yet",
     "sample nothing": "run.toml",
     "report nothing": "nothing",
+    "audit nothing": "it holds no metrics.jsonl",
+    "audit nowhere": "there is no such folder",
+    "audit runs/other": "it holds no metrics.jsonl",
     "models gpt-2-xxl": "none of that name",
 }
 

@@ -110,9 +110,9 @@ ALLOWED: dict[str, set[str]] = {
     "data": FOUNDATION | {"run", "layout", "machine", "model"},
     "launch": FOUNDATION | {"data", "run", "layout", "machine", "model", "torch_compat"},
     "train": FOUNDATION | {"data", "run", "layout", "machine", "model", "launch", "torch_compat"},
-    "audit": FOUNDATION | {"data", "run", "layout", "machine", "model"},
+    "audit": FOUNDATION | {"plan", "ledger", "data", "run", "layout", "machine", "model"},
 }
-FRONT = {"", "__main__", "cli", "cli_plan", "cli_train"}  # the verbs, which call everything
+FRONT = {"", "__main__", "cli", "cli_audit", "cli_plan", "cli_train"}  # the verbs, which call everything
 
 
 def imported(path: Path) -> Iterator[tuple[str, bool]]:

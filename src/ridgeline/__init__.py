@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-# The packages `plan` and `train` and the verbs share names: load the (empty) packages first, so
-# that importing one of their modules later does not put the package in the verb's place.
+# The packages `audit`, `plan` and `train` and the verbs share names: load the (empty) packages
+# first, so that importing one of their modules later does not put the package in the verb's place.
+from ridgeline import audit as _audit_package  # noqa: F401
 from ridgeline import plan as _plan_package  # noqa: F401
 from ridgeline import train as _train_package  # noqa: F401
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from ridgeline.audit.audit import Audit
     from ridgeline.data.manifest import Manifest
     from ridgeline.model.shape import ModelShape
     from ridgeline.plan.cost import Cost
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from ridgeline.train.worker import Outcome
 
 __all__ = [
+    "audit",
     "cost",
     "parity",
     "plan",
@@ -117,6 +120,13 @@ def report(folder: Path) -> Path:
     from ridgeline.audit.report import write_report
 
     return write_report(folder)
+
+
+def audit(folder: Path) -> Audit:
+    """What was planned, rehearsed and measured of a run; see `ridgeline.audit.audit.audit`."""
+    from ridgeline.audit.audit import audit as compare
+
+    return compare(folder)
 
 
 def plan(run: Run, on: str | None = None, **options: Any) -> Plan:
