@@ -54,8 +54,8 @@ def every_verb(group: click.Group, prefix: str = "") -> list[str]:
 
 def test_the_verbs_are_these() -> None:
     assert sorted(every_verb(cli.verbs)) == [
-        "audit", "cost", "data", "data prepare", "machines", "models", "parity", "pipeline", "plan", "probe",
-        "report", "sample", "train", "validate", "version",
+        "audit", "cost", "data", "data prepare", "machines", "models", "parity", "pipeline", "plan",
+        "probe", "report", "sample", "train", "validate", "version",
     ]  # fmt: skip
 
 
@@ -150,9 +150,9 @@ BAD_INPUT = {
     "sample runs/other": "no checkpoint yet",
     "sample nothing": "run.toml",
     "report nothing": "nothing",
-    "audit nothing": "it holds no metrics.jsonl",
+    "audit nothing": "metrics.jsonl, which a run writes before its first step, is missing",
     "audit nowhere": "there is no such folder",
-    "audit runs/other": "it holds no metrics.jsonl",
+    "audit runs/other": "ridgeline train",
     "models gpt-2-xxl": "none of that name",
 }
 

@@ -38,6 +38,7 @@ ledgers = table(
     seconds=table(StepSeconds),
     sent=table(SentBytes),
     calls=table(Calls),
+    layout=st.none() | st.text(),
     flops_by_module=st.dictionaries(st.text(), st.floats(0, 1e30)),
     goodput=st.none() | st.floats(0, 1),
     currency=st.just("USD"),

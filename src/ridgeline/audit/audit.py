@@ -16,6 +16,7 @@ from ridgeline.machine.cluster import Cluster, cluster
 from ridgeline.machine.local import LOCAL
 from ridgeline.run import Run
 
+WITNESSES: tuple[Witness, ...] = ("plan", "rehearse", "train")
 BILLION = 1e9
 SECONDS_PER_HOUR = 3600.0
 
@@ -133,7 +134,7 @@ def _terms(
     values: dict[Witness, dict[str, float]], ledgers: dict[Witness, Ledger]
 ) -> tuple[Term, ...]:
     """The terms that somebody knows, in the order of who knows most."""
-    columns = [values.get(witness, {}) for witness in ("plan", "rehearse", "train")]
+    columns = [values.get(witness, {}) for witness in WITNESSES]
     names = _in_order([list(column) for column in columns])
     terms = []
     for name in names:
@@ -149,9 +150,11 @@ def _terms(
                 planned_difference=_difference(planned, measured),
                 rehearsed_difference=_difference(rehearsed, measured),
                 sources={
-                    witness: ledger.sources[plain]
-                    for witness, ledger in ledgers.items()
-                    if plain in ledger.sources and name in values[witness]
+                    witness: ledgers[witness].sources[plain]
+                    for witness in WITNESSES
+                    if name in values.get(witness, {})
+                    and witness in ledgers
+                    and plain in ledgers[witness].sources
                 },
             )
         )

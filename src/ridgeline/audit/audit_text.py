@@ -9,7 +9,7 @@ from ridgeline.audit.audit import Audit, Term
 from ridgeline.audit.calibrate import ENOUGH, Calibrated
 from ridgeline.ledger import Witness
 
-WITNESSES: dict[Witness, str] = {"plan": "planned", "rehearse": "rehearsed", "train": "measured"}
+WORDS: dict[Witness, str] = {"plan": "planned", "rehearse": "rehearsed", "train": "measured"}
 MOST_STAGES = 4
 """Pipeline stages whose memory is listed; of more, the fullest."""
 TITLES = {
@@ -195,4 +195,4 @@ def _sources(terms: list[Term]) -> Iterator[str]:
         for witness, source in term.sources.items():
             if (name, witness) not in said:
                 said.add((name, witness))
-                yield f"  {name:28} {WITNESSES[witness]:9}  {source}"
+                yield f"  {name:28} {WORDS[witness]:9}  {source}"

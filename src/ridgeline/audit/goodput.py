@@ -65,7 +65,7 @@ def goodput_of(history: History) -> Goodput:
         held_s=held_s,
         useful_s=useful_s,
         fraction=fraction,
-        badput_s={**causes, "unknown": unknown},
+        badput_s={name: {**causes, "unknown": unknown}[name] for name in BADPUT},
     )
 
 

@@ -110,7 +110,7 @@ def read_history(folder: Path) -> History:
     if not folder.is_dir():
         raise RunFolderError(f"run folder {folder}", "there is no such folder", remedy)
     if not path.is_file():
-        rule = "it holds no metrics.jsonl, which a run writes before its first step"
+        rule = "metrics.jsonl, which a run writes before its first step, is missing"
         raise RunFolderError(f"run folder {folder}", rule, remedy)
     history = History(folder, _newest_run_file(folder), held=(folder / "lock.json").exists())
     _read_metrics(path, history)

@@ -52,7 +52,7 @@ def _table(told: Audit) -> str:
     heads = ("", "planned", "rehearsed", "measured", "plan ±", "rehearsal ±")
     head = "".join(f'<th scope="col">{name}</th>' for name in heads)
     sources = "".join(
-        f"<li><b>{escape(audit_text.label(term))}</b> {audit_text.WITNESSES[witness]}: "
+        f"<li><b>{escape(audit_text.label(term))}</b> {audit_text.WORDS[witness]}: "
         f"{escape(source)}</li>"
         for term in _without_stages(audit_text.listed(told))
         for witness, source in term.sources.items()

@@ -156,13 +156,11 @@ def measured_ledger(history: History, ledger: Ledger | None, goodput: Goodput) -
 
 
 def working_s(seconds: StepSeconds) -> float | None:
-    """A measured step without what lies between steps, which the planner does not count."""
+    """A measured step without waiting for data and writing down, which the planner leaves out."""
     if seconds.total_s is None:
         return None
-    between = (
-        seconds.data_stall_s, seconds.checkpoint_stall_s, seconds.evaluation_s, seconds.logging_s,
-    )  # fmt: skip
-    return max(0.0, seconds.total_s - sum(each or 0.0 for each in between))
+    beside = (seconds.data_stall_s or 0.0) + (seconds.logging_s or 0.0)
+    return max(0.0, seconds.total_s - beside)
 
 
 def _median(values: Sequence[float | None]) -> float | None:

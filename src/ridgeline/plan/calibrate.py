@@ -11,6 +11,7 @@ between stages tell nothing, since they cannot be told from waiting for the neig
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,8 +27,10 @@ from ridgeline.plan.step import step
 LEAST_SHARE = 0.02
 """Of the step: causes that take less are noise (assumed)."""
 COLLECTIVES = ("tensor", "context", "expert", "data")
-HALVINGS = 40
-"""Of a factor's interval: to rounding."""
+HALVINGS, ROUNDS = 30, 5
+"""Of a factor's interval, and over all factors: to a millionth."""
+Planner = Callable[[Correction], dict[str, float]]
+"""Seconds by cause under a correction."""
 
 
 @dataclass(frozen=True)
@@ -42,32 +45,39 @@ def fit(asked: Question, layout: Layout, measured: StepSeconds) -> Fitted:
     """The correction by which the planner gives a measured step's causes back.
 
     Corrections that `asked` has already are not built upon: factors are of the uncorrected rates.
+    Each factor is solved for with the others held; a few rounds, since the host's work joins
+    compute and communication.
     """
-    causes = _measured(measured)
+    causes, planned = _measured(measured), _planner(asked, layout)
     whole = measured.total_s or math.fsum(causes.values())
-    found, left = Correction(), {}
-    planned = _planned(asked, layout, found)
-    links = {name: _hangs_on(asked, layout, name) for name in COLLECTIVES if planned[name] > 0}
+    at_first = planned(Correction())
+    hangs_on = {name: _hangs_on(planned, name) for name in COLLECTIVES if at_first[name] > 0}
     parts = {
         "compute": ["compute"],
-        "link": [name for name, factor in links.items() if factor == "link"],
-        "port": [name for name, factor in links.items() if factor == "port"],
+        "link": [name for name, factor in hangs_on.items() if factor == "link"],
+        "port": [name for name, factor in hangs_on.items() if factor == "port"],
         "update": ["optimizer"],
     }
+    targets: dict[str, tuple[list[str], float]] = {}
+    left: dict[str, str] = {}
     for factor, names in parts.items():
-        known = [name for name in names if name in causes and planned[name] > 0]
+        known = [name for name in names if name in causes and at_first[name] > 0]
+        target = math.fsum(causes[name] for name in known)
         if not known:
             left[factor] = "not measured" if names else "nothing of this layout hangs on it"
-            continue
-        target = math.fsum(causes[name] for name in known)
-        if target < LEAST_SHARE * whole:
+        elif target < LEAST_SHARE * whole:
             left[factor] = f"less than {LEAST_SHARE:.0%} of the step"
-            continue
-        value = _solve(asked, layout, found, factor, known, target)
-        if value is None:
-            left[factor] = f"a factor beyond {1 / MOST:g} to {MOST:g} would be needed"
-            continue
-        found = _with(found, factor, value)
+        else:
+            targets[factor] = known, target
+    found = Correction()
+    for _ in range(ROUNDS):
+        for factor, (names, target) in targets.items():
+            value = _solve(planned, found, factor, names, target)
+            found = _with(found, factor, value or 1.0)
+            if value is None:
+                left[factor] = f"a factor beyond {1 / MOST:g} to {MOST:g} would be needed"
+            else:
+                left.pop(factor, None)
     return Fitted(found, left)
 
 
@@ -81,15 +91,20 @@ def _measured(seconds: StepSeconds) -> dict[str, float]:
     return {name: value for name, value in known.items() if value is not None}
 
 
-def _planned(asked: Question, layout: Layout, correction: Correction) -> dict[str, float]:
+def _planner(asked: Question, layout: Layout) -> Planner:
     """The same causes as the planner has them under a correction."""
     task, bare = physics(replace(asked, corrections={}))
-    table, shared, rates = Layouts.of([layout]), calibration().shared, corrected(bare, correction)
-    steps = step(task, rates, shared, table, block(task, rates, shared, table))
-    names = (*COLLECTIVES, "optimizer", "compute", "host")
-    seconds = {name: max(0.0, float(getattr(steps, name)[0])) for name in names}
-    seconds["compute"] += seconds.pop("host")
-    return seconds
+    table, shared = Layouts.of([layout]), calibration().shared
+
+    def planned(correction: Correction) -> dict[str, float]:
+        rates = corrected(bare, correction)
+        steps = step(task, rates, shared, table, block(task, rates, shared, table))
+        names = (*COLLECTIVES, "optimizer", "compute", "host", "jitter")
+        seconds = {name: max(0.0, float(getattr(steps, name)[0])) for name in names}
+        seconds["compute"] += seconds.pop("host") + seconds.pop("jitter")
+        return seconds
+
+    return planned
 
 
 def _with(correction: Correction, factor: str, value: float) -> Correction:
@@ -97,22 +112,14 @@ def _with(correction: Correction, factor: str, value: float) -> Correction:
     return replace(correction, **changes)
 
 
-def _hangs_on(asked: Question, layout: Layout, name: str) -> str:
+def _hangs_on(planned: Planner, name: str) -> str:
     """The factor that a collective's seconds grow with the more: link or port."""
-    grown = {
-        factor: _planned(asked, layout, _with(Correction(), factor, 1.1))[name]
-        for factor in ("port", "link")
-    }
+    grown = {factor: planned(_with(Correction(), factor, 1.1))[name] for factor in ("port", "link")}
     return max(grown, key=lambda factor: grown[factor])
 
 
 def _solve(
-    asked: Question,
-    layout: Layout,
-    so_far: Correction,
-    factor: str,
-    names: list[str],
-    target: float,
+    planned: Planner, others: Correction, factor: str, names: list[str], target: float
 ) -> float | None:
     """The factor at which the causes `names` take `target` seconds; None where none of them does.
 
@@ -120,8 +127,8 @@ def _solve(
     """
 
     def seconds(value: float) -> float:
-        planned = _planned(asked, layout, _with(so_far, factor, value))
-        return math.fsum(planned[name] for name in names)
+        told = planned(_with(others, factor, value))
+        return math.fsum(told[name] for name in names)
 
     low, high = 1 / MOST, MOST
     if not seconds(low) <= target <= seconds(high):
