@@ -55,7 +55,7 @@ def every_verb(group: click.Group, prefix: str = "") -> list[str]:
 def test_the_verbs_are_these() -> None:
     assert sorted(every_verb(cli.verbs)) == [
         "audit", "cost", "data", "data prepare", "machines", "models", "parity", "pipeline", "plan",
-        "probe", "report", "sample", "train", "validate", "version",
+        "probe", "rehearse", "report", "sample", "train", "validate", "version",
     ]  # fmt: skip
 
 

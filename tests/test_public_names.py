@@ -18,8 +18,8 @@ from ridgeline.train.worker import Outcome
 
 def test_the_public_names_are_these() -> None:
     assert ridgeline.__all__ == [
-        "audit", "cost", "parity", "plan", "prepare", "read_run", "report", "sample", "train",
-        "validate",
+        "audit", "cost", "parity", "plan", "prepare", "read_run", "rehearse", "report", "sample",
+        "train", "validate",
     ]  # fmt: skip
     for name in ridgeline.__all__:
         verb = getattr(ridgeline, name)

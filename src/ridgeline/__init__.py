@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-# The packages `audit`, `plan` and `train` and the verbs share names: load the (empty) packages
-# first, so that importing one of their modules later does not put the package in the verb's place.
+# The packages `audit`, `plan`, `rehearse`, `train` and the verbs share names: load the (empty)
+# packages first, so that importing one of their modules later does not put the package in the
+# verb's place.
 from ridgeline import audit as _audit_package  # noqa: F401
 from ridgeline import plan as _plan_package  # noqa: F401
+from ridgeline import rehearse as _rehearse_package  # noqa: F401
 from ridgeline import train as _train_package  # noqa: F401
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from ridgeline.plan.cost import Cost
     from ridgeline.plan.plan import Plan
     from ridgeline.plan.validate import Validation
+    from ridgeline.rehearse.rehearse import Rehearsal
     from ridgeline.run import Run
     from ridgeline.train.build import MakeDecoder, MakeOptimizer
     from ridgeline.train.loop import LossFunction
@@ -39,6 +42,7 @@ __all__ = [
     "plan",
     "prepare",
     "read_run",
+    "rehearse",
     "report",
     "sample",
     "train",
@@ -108,6 +112,25 @@ def parity(
     return compare(run, layouts, steps, **own)
 
 
+def rehearse(
+    run: Run,
+    *,
+    decoder: MakeDecoder | None = None,
+    loss: LossFunction | None = None,
+    optimizer: MakeOptimizer | None = None,
+    progress: Callable[[str, float], None] | None = None,
+) -> Rehearsal:
+    """Trace the real training step of a run at its full size, on one CPU; every part as in `train`.
+
+    See `ridgeline.rehearse.rehearse.rehearse`.
+    """
+    from ridgeline.rehearse.rehearse import rehearse as trace
+
+    parts = {"decoder": decoder, "loss": loss, "optimizer": optimizer, "progress": progress}
+    own: Any = {name: part for name, part in parts.items() if part is not None}
+    return trace(run, **own)
+
+
 def sample(folder: Path, prompt: str, **options: Any) -> str:
     """Continue `prompt` with the newest checkpoint; see `ridgeline.train.sample.sample`."""
     from ridgeline.train.sample import sample as draw
@@ -123,10 +146,13 @@ def report(folder: Path) -> Path:
 
 
 def audit(folder: Path) -> Audit:
-    """What was planned, rehearsed and measured of a run; see `ridgeline.audit.audit.audit`."""
+    """What was planned, rehearsed and measured of a run; see `ridgeline.audit.audit.audit`.
+
+    Plans and rehearses it where the folder does not hold that yet.
+    """
     from ridgeline.audit.audit import audit as compare
 
-    return compare(folder)
+    return compare(folder, lambda run: rehearse(run).ledger)
 
 
 def plan(run: Run, on: str | None = None, **options: Any) -> Plan:

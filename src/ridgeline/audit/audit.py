@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,13 @@ from pydantic import BaseModel, ConfigDict
 
 from ridgeline.audit.goodput import Goodput, goodput_of
 from ridgeline.audit.history import History, read_history
-from ridgeline.audit.witnesses import Witnesses, measured_ledger, plan_witness, read_witnesses
+from ridgeline.audit.witnesses import (
+    Witnesses,
+    measured_ledger,
+    plan_witness,
+    read_witnesses,
+    rehearse_witness,
+)
 from ridgeline.errors import MachineError
 from ridgeline.ledger import Ledger, Witness
 from ridgeline.machine.cluster import Cluster, cluster
@@ -69,15 +76,17 @@ class Audit(_Answer):
         return self.model_dump(mode="json")
 
 
-def audit(folder: Path) -> Audit:
-    """Lay side by side what the run folder's witnesses say, planning the run if nobody has yet.
+def audit(folder: Path, rehearse: Callable[[Run], Ledger] | None = None) -> Audit:
+    """Lay side by side what the run folder's witnesses say; a run that was killed, what there is.
 
-    A run that was killed midway shows what there is. Raises RunFolderError for a folder that is
-    missing, or holds no readable record of a run.
+    Plans the run if nobody has yet, and has `rehearse` trace it. Raises RunFolderError for a folder
+    that is missing, or holds no readable record of a run.
     """
     history = read_history(folder)
     found = read_witnesses(history)
     plan_witness(history, found)
+    if rehearse is not None:
+        rehearse_witness(history, found, rehearse)
     return audit_of(history, found)
 
 
@@ -90,8 +99,8 @@ def audit_of(history: History, found: Witnesses) -> Audit:
     machine = _machine(found.run)
     currency = machine.currency if machine and machine.price_per_device_hour else None
     notes = [*history.notes, *found.notes]
-    if "rehearse" not in ledgers:
-        notes.append("Rehearsed is a dash: the folder holds no ledgers/rehearse.json.")
+    if "rehearse" not in ledgers and not any(note.startswith("Rehearsed") for note in notes):
+        notes.append("Rehearsed is a dash until `ridgeline audit` has traced the run.")
     if "train" not in found.ledgers:
         notes.append(
             "The measured step is metrics.jsonl's: the folder holds no ledgers/train.json, which "

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,7 @@ def plan_witness(history: History, found: Witnesses) -> None:
         return
     if run is None:
         found.notes.append(
-            f"Planned and rehearsed are dashes: {history.run_file.name} is missing or is not a run."
+            f"Planned is a dash: {history.run_file.name} is missing or is not a run."
         )
         return
     try:
@@ -123,6 +123,19 @@ def plan_witness(history: History, found: Witnesses) -> None:
         if found.planned_spans is not None:
             text = found.planned_spans.model_dump_json() + "\n"
             _write(history.folder / "ledgers" / "plan_timeline.json", text)
+
+
+def rehearse_witness(history: History, found: Witnesses, rehearse: Callable[[Run], Ledger]) -> None:
+    """Rehearse the run, and keep that, where it is not done yet. What refuses it becomes a note."""
+    if found.run is None or "rehearse" in found.ledgers:
+        return
+    try:
+        ledger = rehearse(found.run)
+    except RidgelineError as error:
+        found.notes.append(f"Rehearsed is a dash: {error.asked}: {error.rule}.")
+        return
+    keep(history.folder, ledger, found.run)
+    found.ledgers["rehearse"] = ledger
 
 
 def keep(folder: Path, ledger: Ledger, run: Run) -> None:
