@@ -236,6 +236,16 @@ def test_train_resume_sample_and_report_are_one_story(folder: Path, type_command
     assert (run / "sample.txt").read_text() == said
     status, said, _ = type_command("report runs/tiny")
     assert (status, said) == (0, "report: runs/tiny/report.html\n")
+    status, said, _ = type_command("audit runs/tiny")
+    assert status == 0
+    assert "ridgeline probe" in said  # nobody measured this machine, so nobody planned for it
+    assert "goodput" in said
+    status, said, _ = type_command("audit runs/tiny --json")
+    assert status == 0
+    assert json.loads(said)["step"] == 6
+    status, _, error = type_command("audit runs/tiny runs/other")
+    assert status == 2
+    assert "--calibrate" in error
 
 
 def test_a_sample_is_a_function_of_its_seed(tiny_run: MakeRun) -> None:

@@ -94,6 +94,18 @@ def test_a_forecast_stays_until_the_layout_changes(write_audited: WriteAudited) 
     assert any("'pp2 mb2 bf16', before the run went on" in note for note in found.notes)
 
 
+def test_a_longer_budget_is_planned_anew(write_audited: WriteAudited) -> None:
+    folder = write_audited("a")
+    short = audit(folder)
+    text = (folder / "run.toml").read_text(encoding="utf-8")
+    (folder / "run.2.toml").write_text(text.replace("steps = 4", "steps = 40"), encoding="utf-8")
+    long = audit(folder)
+    planned, ten_times = term(short, "train_s").planned, term(long, "train_s").planned
+    assert planned is not None
+    assert ten_times == pytest.approx(10 * planned)
+    assert long.per_billion_tokens == short.per_billion_tokens
+
+
 def test_the_planned_pipeline_is_kept_beside_the_plan(write_audited: WriteAudited) -> None:
     folder = write_audited("a")
     audit(folder)

@@ -14,6 +14,7 @@ from ridgeline.audit.witnesses import (
     Witnesses,
     measured_ledger,
     plan_witness,
+    planned_tokens,
     read_witnesses,
     rehearse_witness,
 )
@@ -221,7 +222,6 @@ def _per_billion(
         return {}
     devices = run.layout.world if run.layout != "auto" else 1
     step_tokens = run.global_batch * run.sequence
-    budget = run.budget.tokens or (run.budget.steps or 0) * step_tokens
     found: dict[Witness, dict[str, float]] = {}
     for witness, ledger in ledgers.items():
         row = {}
@@ -229,11 +229,11 @@ def _per_billion(
             row["device_s"] = devices * BILLION / ledger.tokens_per_s
         if ledger.step_energy_j is not None:
             row["energy_j"] = ledger.step_energy_j / step_tokens * BILLION
-        elif ledger.energy_j is not None and budget:
-            row["energy_j"] = ledger.energy_j / budget * BILLION
+        elif ledger.energy_j is not None and (tokens := planned_tokens(ledger)):
+            row["energy_j"] = ledger.energy_j / tokens * BILLION
         price = machine.price_per_device_hour if machine else None
-        if witness == "plan" and ledger.money is not None and budget:
-            row["money"] = ledger.money / budget * BILLION
+        if witness == "plan" and ledger.money is not None and (tokens := planned_tokens(ledger)):
+            row["money"] = ledger.money / tokens * BILLION
         elif witness == "train" and price and goodput.fraction and "device_s" in row:
             row["money"] = row["device_s"] / SECONDS_PER_HOUR * price / goodput.fraction
         found[witness] = row

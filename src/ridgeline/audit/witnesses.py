@@ -88,7 +88,7 @@ def read_witnesses(history: History) -> Witnesses:
     folder, layout = history.folder / "ledgers", _sentence(found.run)
     for witness in ("plan", "rehearse", "train"):
         ledger = _kept(folder / f"{witness}.json", layout, found.notes)
-        if ledger is not None:
+        if ledger is not None and not (witness == "plan" and _other_budget(ledger, found.run)):
             found.ledgers[ledger.witness] = ledger
     found.planned_spans = _spans(folder / "plan_timeline.json", layout, found.notes)
     found.measured_spans = _spans(folder / "timeline.json", layout, found.notes)
@@ -174,6 +174,22 @@ def working_s(seconds: StepSeconds) -> float | None:
         return None
     beside = (seconds.data_stall_s or 0.0) + (seconds.logging_s or 0.0)
     return max(0.0, seconds.total_s - beside)
+
+
+def planned_tokens(ledger: Ledger) -> float | None:
+    """The tokens that a plan's whole run is of; None where it has no total."""
+    if ledger.tokens_per_s is None or ledger.train_s is None:
+        return None
+    return ledger.tokens_per_s * ledger.train_s * (ledger.goodput or 1.0)
+
+
+def _other_budget(ledger: Ledger, run: Run | None) -> bool:
+    """Whether a plan's totals are of another number of tokens than the run's budget is now."""
+    tokens = planned_tokens(ledger)
+    if run is None or tokens is None:
+        return False
+    budget = run.budget.tokens or (run.budget.steps or 0) * run.global_batch * run.sequence
+    return abs(tokens - budget) > 0.01 * budget
 
 
 def _median(values: Sequence[float | None]) -> float | None:
