@@ -40,7 +40,7 @@ def test_the_factors_of_a_machine_are_found(compute: float, link: float, update:
         assert found.correction.update == pytest.approx(update, rel=1e-6)
     else:
         assert (found.correction.update, found.left["update"]) == (1, "less than 2% of the step")
-    assert found.left["port"] == "nothing of this layout hangs on it"
+    assert found.left["port"] == "the planner has no seconds for it here"
 
 
 def test_links_and_ports_are_told_apart_by_the_axes_that_cross_nodes() -> None:

@@ -61,10 +61,11 @@ def fit(asked: Question, layout: Layout, measured: StepSeconds) -> Fitted:
     targets: dict[str, tuple[list[str], float]] = {}
     left: dict[str, str] = {}
     for factor, names in parts.items():
-        known = [name for name in names if name in causes and at_first[name] > 0]
+        priced = [name for name in names if at_first[name] > 0]
+        known = [name for name in priced if name in causes]
         target = math.fsum(causes[name] for name in known)
         if not known:
-            left[factor] = "not measured" if names else "nothing of this layout hangs on it"
+            left[factor] = "not measured" if priced else "the planner has no seconds for it here"
         elif target < LEAST_SHARE * whole:
             left[factor] = f"less than {LEAST_SHARE:.0%} of the step"
         else:
