@@ -12,6 +12,8 @@ from ridgeline.ledger import Witness
 WORDS: dict[Witness, str] = {"plan": "planned", "rehearse": "rehearsed", "train": "measured"}
 MOST_STAGES = 4
 """Pipeline stages whose memory is listed; of more, the fullest."""
+NOTHING = 1e-9
+"""What is left of differences of equal numbers: shown as 0 is, not at all."""
 TITLES = {
     "seconds": "time of a step",
     "sent": "sent by a device in a step",
@@ -62,7 +64,7 @@ def listed(found: Audit) -> list[Term]:
     return [
         term
         for term in found.terms
-        if any(value for value in (term.planned, term.rehearsed, term.measured))
+        if max(term.planned or 0.0, term.rehearsed or 0.0, term.measured or 0.0) > NOTHING
         and _stage(term) in {None, *keep}
     ]
 

@@ -17,8 +17,8 @@ REST = "not told apart"
 REST_TONE = 7
 MOST_STAGES = 8
 """Pipeline stages whose memory is drawn; of more, the fullest."""
-NOT_CAUSES = ("total", "forward", "backward")
-"""Of a step's seconds: the whole, and parts of compute."""
+NOT_CAUSES = ("total", "forward", "backward", "checkpoint_stall", "evaluation")
+"""Of a step's seconds: the whole, parts of compute, and what lies between steps."""
 LEAST = 0.003
 """Of the longest bar: causes below are drawn with the rest."""
 TONES = 7  # causes have a colour each; what is left has the eighth
