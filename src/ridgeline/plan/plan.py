@@ -110,7 +110,7 @@ class Plan:
             "asked": self.asked.json() if self.asked else None,
             "best_trainable": self.best_trainable.json() if self.best_trainable else None,
             "baseline_s": self.baseline_s,
-            "assumed": list(self.question.notes),
+            "assumed": list(self.question.assumed),
             "space": self.space,
             "arithmetic_ok": self.arithmetic_ok,
             "memory_ok": self.memory_ok,
