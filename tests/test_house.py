@@ -109,7 +109,8 @@ ALLOWED: dict[str, set[str]] = {
     "plan": FOUNDATION | {"ledger", "run", "layout", "machine", "model"},
     "data": FOUNDATION | {"run", "layout", "machine", "model"},
     "launch": FOUNDATION | {"data", "run", "layout", "machine", "model", "torch_compat"},
-    "train": FOUNDATION | {"data", "run", "layout", "machine", "model", "launch", "torch_compat"},
+    "train": FOUNDATION
+    | {"data", "run", "layout", "ledger", "machine", "model", "launch", "torch_compat"},
     "audit": FOUNDATION | {"data", "run", "layout", "machine", "model"},
 }
 FRONT = {"", "__main__", "cli", "cli_plan", "cli_train"}  # the verbs, which call everything

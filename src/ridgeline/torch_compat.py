@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch._C._distributed_c10d import HashStore, TCPStore
 
 # A process group by its name. Private name. Tested on 2.11.0 and 2.13.0.
 from torch._C._distributed_c10d import _resolve_process_group as group_named
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, Work
 
 # FSDP2's replicate: DDP semantics on FSDP2's engine, with its mixed precision. Private path.
 # Tested on 2.11.0 and 2.13.0.
@@ -60,14 +61,17 @@ __all__ = [
     "multiplies_bf16",
     "multiplies_fp8",
     "name_of",
+    "pci_address",
     "peak_memory_bytes",
     "reduce_now",
     "replicate",
     "selective_contexts",
     "shard",
     "unshard",
+    "waits_seen_by",
     "weight_half",
     "whole",
+    "work_of",
 ]
 
 
@@ -281,6 +285,15 @@ def peak_memory_bytes(device: torch.device) -> int | None:
     return torch.accelerator.max_memory_allocated()
 
 
+def pci_address(device: torch.device) -> str | None:
+    """Where an accelerator sits, as 0000:c1:00.0; None where its module does not tell."""
+    properties = torch.get_device_module(device).get_device_properties(device)
+    parts = [getattr(properties, f"pci_{part}_id", None) for part in ("domain", "bus", "device")]
+    if None in parts:
+        return None
+    return "{:04x}:{:02x}:{:02x}.0".format(*parts)
+
+
 def name_of(device: torch.device) -> str:
     """What an accelerator calls itself, by its module's own word; empty for a CPU."""
     if device.type == "cpu":
@@ -358,3 +371,48 @@ def multiplies_fp8(device: torch.device) -> bool:
     if torch.version.hip:
         return str(module.get_device_properties(device).gcnArchName) >= "gfx94"
     return hasattr(module, "get_device_capability") and module.get_device_capability() >= (8, 9)
+
+
+def work_of(result: Any) -> Work | None:
+    """The handle that a c10d operation gives out, as a dispatch mode sees it; None: it has none.
+
+    The same object as the caller of the collective gets, while it lives. Private name. Tested on
+    2.11.0 and 2.13.0.
+    """
+    last = result[-1] if isinstance(result, tuple) else result
+    if not isinstance(last, torch.ScriptObject):
+        return None
+    work: Work = Work.unbox(last)  # type: ignore[attr-defined]
+    return work
+
+
+@contextmanager
+def waits_seen_by(
+    see: Callable[[Work | None, Callable[[], Any]], Any], device: torch.device
+) -> Iterator[None]:
+    """Meanwhile each wait for a message is done by `see(work, wait)`, which calls `wait()` once.
+
+    Waiting is no operation, so no dispatch mode sees it. On an accelerator FSDP2 does not wait for
+    a work: it makes the stream that computes wait for an event, which `see` gets without a work.
+    CPU: tested on 2.11.0 and 2.13.0. Accelerators: never run on one.
+    """
+    plain: Any = Work.wait
+    Work.wait = lambda work, *rest, **options: see(  # type: ignore[method-assign,assignment]
+        work, lambda: plain(work, *rest, **options)
+    )
+    streams: Any = None
+    if device.type != "cpu":
+        computing = torch.get_device_module(device).current_stream()
+        streams = type(computing)
+        plain_event = streams.wait_event
+        streams.wait_event = lambda stream, event: (
+            see(None, lambda: plain_event(stream, event))
+            if stream == computing
+            else plain_event(stream, event)
+        )
+    try:
+        yield
+    finally:
+        Work.wait = plain  # type: ignore[method-assign]
+        if streams is not None:
+            streams.wait_event = plain_event
