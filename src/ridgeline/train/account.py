@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 
 from ridgeline.errors import LedgerError
@@ -144,6 +145,7 @@ class Account:
         self.sample = ExitStack()
         self.sample.enter_context(self.exposed.watching())
         self.sample.enter_context(self._timeline())
+        torch.zeros(())  # the first operation that a mode sees loads parts of PyTorch
         self.exposed.settle()
         if self.control is not None:
             dist.barrier(group=self.control)
