@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 # In-process store of a one-member group, and the store behind env://; re-exported by
@@ -16,6 +17,9 @@ from torch._C._distributed_c10d import HashStore, TCPStore
 
 # A process group by its name. Private name. Tested on 2.11.0 and 2.13.0.
 from torch._C._distributed_c10d import _resolve_process_group as group_named
+
+# Tensors with shapes and no values. Private path. Tested on 2.11.0 and 2.13.0.
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed import ProcessGroup, Work
 
 # FSDP2's replicate: DDP semantics on FSDP2's engine, with its mixed precision. Private path.
@@ -32,6 +36,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, _redistribute, distribute_tensor
 from torch.distributed.tensor._collective_utils import MeshTopoInfo
 
+# Where DTensor learns what an operation gives out. Private path. Tested on 2.11.0 and 2.13.0.
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
+
 # Which part of a DTensor is here. Private path. Tested on 2.11.0 and 2.13.0.
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import Placement
@@ -43,6 +50,8 @@ from torch.utils.checkpoint import (
 )
 
 __all__ = [
+    "FakeTensor",
+    "FakeTensorMode",
     "HashStore",
     "TCPStore",
     "Unfilled",
@@ -50,9 +59,12 @@ __all__ = [
     "as_parameter_of",
     "attend_block",
     "attend_block_backward",
+    "backward_node",
     "compiled_graphs",
     "drop_gathered",
+    "fake_process_group",
     "forget_meshes",
+    "forward_number",
     "group_named",
     "in_backward",
     "input_half",
@@ -66,7 +78,9 @@ __all__ = [
     "reduce_now",
     "replicate",
     "selective_contexts",
+    "shapes_only",
     "shard",
+    "sharded_parameters",
     "unshard",
     "waits_seen_by",
     "weight_half",
@@ -149,6 +163,63 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def backward_node() -> Any:
+    """The node of the graph that a backward pass is at; None outside of one.
+
+    Private name. Tested on 2.11.0 and 2.13.0.
+    """
+    return torch._C._current_autograd_node()
+
+
+def forward_number() -> int:
+    """The number that autograd gives to this thread's next node; later nodes have higher ones.
+
+    Private name. Tested on 2.11.0 and 2.13.0.
+    """
+    return int(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]
+
+
+@contextmanager
+def shapes_only(aside: Callable[[bool], None]) -> Iterator[None]:
+    """Tells `aside` when DTensor tries an operation on whole shapes, and when it has.
+
+    It does so for each new one, in the same fake mode that holds a rehearsal's tensors, so memory
+    and FLOPs of the whole model would count. Private name. Tested on 2.11.0 and 2.13.0.
+    """
+    plain: Any = ShardingPropagator._propagate_tensor_meta_non_cached
+
+    def propagate(*arguments: Any) -> Any:
+        aside(True)
+        try:
+            return plain(*arguments)
+        finally:
+            aside(False)
+
+    hidden: Any = ShardingPropagator
+    hidden._propagate_tensor_meta_non_cached = propagate
+    try:
+        yield
+    finally:
+        hidden._propagate_tensor_meta_non_cached = plain
+
+
+@contextmanager
+def fake_process_group(rank: int, world: int) -> Iterator[None]:
+    """A process group of `world` ranks of which only `rank` is there; its messages go nowhere.
+
+    Private path, imported here because it loads PyTorch's testing tools. Tested on 2.11.0 and
+    2.13.0.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+        forget_meshes()
+
+
 def unshard(module: nn.Module) -> None:
     """Gather the parameters of the forward pass, which a split backward pass looks for by name."""
     for part in module.modules():
@@ -163,12 +234,16 @@ def reduce_now(module: nn.Module) -> None:
     """
     state: Any = _state_of(module)
     for each in state._state_ctx.all_states:
-        # Several groups per module since 2.12, one before.
-        groups = getattr(each, "_fsdp_param_groups", None)
-        for group in groups if groups is not None else [each._fsdp_param_group]:
-            if group is not None:
-                group.post_backward()
+        for group in _groups_of(each):
+            group.post_backward()
     state._root_post_backward_final_callback()
+
+
+def _groups_of(state: Any) -> list[Any]:
+    """Several groups per module since 2.12, one before."""
+    groups = getattr(state, "_fsdp_param_groups", None)
+    found = groups if groups is not None else [state._fsdp_param_group]
+    return [group for group in found if group is not None]
 
 
 def _state_of(module: nn.Module) -> Any:
@@ -176,13 +251,33 @@ def _state_of(module: nn.Module) -> Any:
     return kind.state(module)
 
 
+class ShardedParameter(NamedTuple):
+    """What data parallelism holds of one parameter at a moment, beside its part."""
+
+    gathered: list[Tensor]
+    gradients: list[Tensor]
+
+
+def sharded_parameters(module: nn.Module) -> Iterator[ShardedParameter]:
+    """Those of FSDP2 within `module`. Private names. Tested on 2.11.0 and 2.13.0."""
+    for part in module.modules():
+        if not isinstance(part, FSDPModule):
+            continue
+        for group in _groups_of(part._get_fsdp_state()):
+            for each in group.fsdp_params:
+                whole = getattr(each, "_unsharded_param", None)
+                gradients = [each.unsharded_accumulated_grad, None if whole is None else whole.grad]
+                found = [gradient for gradient in gradients if gradient is not None]
+                yield ShardedParameter(list(each.all_gather_outputs), found)
+
+
 def local_offset(tensor: DTensor) -> int:
     """Where this rank's part begins along the one dimension by which `tensor` is divided."""
-    (placement,) = (each for each in tensor.placements if isinstance(each, Shard))
-    _, offsets = compute_local_shape_and_global_offset(
-        tensor.shape, tensor.device_mesh, tensor.placements
+    ((axis, placement),) = (
+        (axis, each) for axis, each in enumerate(tensor.placements) if isinstance(each, Shard)
     )
-    return offsets[placement.dim]
+    length, mesh = tensor.shape[placement.dim], tensor.device_mesh
+    return min(mesh.get_local_rank(axis) * -(-length // mesh.size(axis)), length)
 
 
 def local_part(value: Tensor, like: Tensor) -> Tensor:

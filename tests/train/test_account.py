@@ -14,6 +14,7 @@ import pytest
 import ridgeline
 from ridgeline.launch.pool import Pool
 from ridgeline.ledger import Ledger, StepSeconds, read_ledger
+from ridgeline.model.counts import flops_per_token, parameters
 from ridgeline.model.decoder import Decoder
 from ridgeline.run import Run
 from ridgeline.train import account
@@ -69,6 +70,23 @@ def test_a_run_leaves_a_ledger_in_which_every_second_has_a_cause(
     assert found.mfu is None
 
 
+def test_the_counted_step_knows_memory_and_the_flops_of_the_formula(tiny_run: MakeRun) -> None:
+    run = tiny_run(budget={"steps": 4})
+    ridgeline.train(run)
+    found = ledger(run)
+    (memory,) = found.memory
+    model = parameters(run.model).total * 4  # in float32
+    assert model <= (memory.gradients_bytes or 0) < 1.1 * model
+    assert 3 * model <= (memory.optimizer_bytes or 0) < 3.1 * model
+    assert memory.activations_bytes
+    assert found.hardware_flops_per_device == pytest.approx(
+        8 * 32 * flops_per_token(run.model, 32, "causal").total, rel=1e-3
+    )
+    assert sum(found.flops_by_module.values()) == found.hardware_flops_per_device
+    assert found.kernels and found.kernels > 100
+    assert "step 4" in found.sources["kernels"]
+
+
 def test_actions_of_one_process_are_those_of_the_sampled_step(tiny_run: MakeRun) -> None:
     run = tiny_run(budget={"steps": 4})
     ridgeline.train(run)
@@ -122,8 +140,8 @@ def test_a_pipeline_tells_its_bubble_and_its_actions(tiny_run: MakeRun, pool: Po
     first, last = timeline(run)["ranks"]
     assert [a["kind"] for a in first] == list("FFBFBFBB")
     assert [a["kind"] for a in last] == list("FBFBFBFB")
-    forward = {a["micro_batch"]: a for a in first if a["kind"] == "F"}
-    assert all(a["start_s"] >= forward[a["micro_batch"]]["end_s"] for a in last if a["kind"] == "F")
+    begun = {a["micro_batch"]: a["start_s"] for a in first if a["kind"] == "F"}
+    assert all(a["end_s"] > begun[a["micro_batch"]] for a in last if a["kind"] == "F")
     hidden = 4 * 2 * 32 * 32 * 4  # micro-batches of B sequences, L tokens, D hidden, in float32
     assert hidden <= (found.sent.pipeline_bytes or 0) <= hidden + 64  # and a norm between the two
 

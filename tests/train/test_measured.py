@@ -14,11 +14,13 @@ from ridgeline.ledger import StepSeconds
 from ridgeline.train.measured import (
     AXES,
     Counted,
+    Counts,
     Done,
     Idle,
     Known,
     idle_of,
     ledger_of,
+    on_one_clock,
     seconds_of,
 )
 
@@ -136,6 +138,15 @@ def replayed(
     return ranks
 
 
+def test_clocks_that_began_at_other_times_are_told_apart_by_the_barriers() -> None:
+    here = [1.0, 2.0, 3.0], [Done("F", 0, 0, 3.5, 4.0)], [Done("B", 0, 0, 5.0, 6.0)]
+    late = [101.0, 107.0, 103.0], [Done("F", 1, 0, 104.25, 105.0)], [Done("F", 1, 0, 103.0, 104.0)]
+    assert on_one_clock([here, late]) == [
+        ([Done("F", 0, 0, 0.5, 1.0)], [Done("B", 0, 0, 2.0, 3.0)]),
+        ([Done("F", 1, 0, 1.25, 2.0)], [Done("F", 1, 0, 0.0, 1.0)]),
+    ]
+
+
 @pytest.mark.parametrize(("p", "m"), [(2, 4), (4, 4), (4, 8)])
 def test_the_bubble_of_1f1b_is_that_of_the_textbook(p: int, m: int) -> None:
     """(p - 1)(f + b) on every rank (arXiv:2104.04473, section 2.2)."""
@@ -182,6 +193,21 @@ def test_the_rank_that_computes_longest_gives_the_seconds_and_the_fullest_the_me
     assert ledger.flops_per_device == 1e6 / 4 * 1000
     assert ledger.mfu == pytest.approx(1e6 / 4 * 250 / 1e12)
     assert ledger.train_s == 9.0
+
+
+def test_counts_are_the_most_kernels_the_mean_flops_and_the_fullest_rank_of_a_stage() -> None:
+    small = Counts(4, kernels=10, flops={"mlp": 2.0, "head": 4.0}, memory={"weights": 5})
+    large = Counts(4, kernels=7, flops={"mlp": 6.0}, memory={"weights": 3, "activations": 3})
+    rows = [replace(ROW, counts=small), replace(ROW, rank=1, counts=large)]
+    found = ledger_of(rows, [NO_IDLE], KNOWN)
+    assert found.kernels == 10
+    assert found.flops_by_module == {"head": 2.0, "mlp": 4.0}
+    assert found.hardware_flops_per_device == 6.0
+    assert found.hfu == pytest.approx(6.0 / 4.0 / 1e12)
+    (memory,) = found.memory
+    assert (memory.weights_bytes, memory.activations_bytes, memory.temporary_bytes) == (3, 3, 0)
+    assert memory.total_bytes is None
+    assert found.sources["kernels"] == "operations of step 4; the rank with most"
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 Every step is timed by phase. One step early in each session, and then one in `EVERY`, is timed
 finely: which part of a phase is exposed communication, and when each action of the pipeline runs.
-The first step of a session, which allocates and compiles, counts nowhere.
+The step after the first of them is counted: memory by component, FLOPs and kernels, of which one
+step is as good as any. The first step of a session, which allocates and compiles, and those that
+are sampled are left out of the phases.
 """
 
 from __future__ import annotations
@@ -33,16 +35,23 @@ from ridgeline.train.loop import Job
 from ridgeline.train.measured import (
     BETWEEN,
     Counted,
+    Counts,
     Done,
     Idle,
     Known,
     idle_of,
     ledger_of,
+    on_one_clock,
 )
 from ridgeline.train.messages import groups_of
+from ridgeline.train.owners import Owners
+from ridgeline.train.tracker import Tracker
 
 FIRST, EVERY = 3, 200
 """Which steps of a session are timed finely: this one, and then every so many."""
+COUNTED = FIRST + 1
+BARRIERS = 5
+"""Before a sampled step: ranks leave one at almost the same moment, and one of them may be late."""
 
 
 def ledgers_of(folder: Path) -> Path:
@@ -91,8 +100,12 @@ class Account:
         self.timed_wall_s = 0.0
         self.memory_bytes: float | None = None
         self.sample: ExitStack | None = None
-        """Open while a step is timed finely."""
-        self.zero_s = 0.0
+        """Open while a step is sampled."""
+        self.tracker: Tracker | None = None
+        """While a step is counted."""
+        self.counts: Counts | None = None
+        self.moments: list[float] = []
+        """When this rank left the barriers before the sampled step, by its own clock."""
         self.actions: list[Done] = []
         self.waits: list[Done] = []
         self.idle = [Idle(0.0, 0.0, 0.0)] * job.layout.pipeline
@@ -103,14 +116,17 @@ class Account:
 
     def observe(self, progress: Progress) -> None:
         """A step is done: add it up."""
-        wall = time.perf_counter() - self.zero_s
+        wall = time.perf_counter() - self.moments[-1] if self.moments else 0.0
         self._take()
         seconds, self.pending = self.pending, Counter()
         self.all_steps += 1
         nth = progress.step - self.first.step
-        if self.sample is not None:
-            self.sample.close()
-            self.sample = None
+        sampled = self.sample is not None
+        self.close()
+        if self.tracker is not None:
+            self.counts = _counts(self.tracker, progress.step)
+            self.tracker = None
+        elif sampled:
             self.timed.append(progress.step)
             self.timed_wall_s += wall
             self.timed_seconds.update(seconds)
@@ -133,28 +149,35 @@ class Account:
         return taken
 
     @property
-    def just_timed(self) -> bool:
-        """Whether the last step was timed finely."""
-        return bool(self.timed) and self.timed[-1] == self.seen.step
+    def just_sampled(self) -> bool:
+        """Whether the last step was."""
+        last = [*self.timed[-1:], *([self.counts.step] if self.counts else [])]
+        return self.seen.step in last
 
     def prepare(self) -> None:
-        """Time the next step finely when it is its turn; a collective call then."""
+        """Sample the next step when it is its turn; a collective call then."""
         nth = self.seen.step - self.first.step + 1
-        if nth != FIRST and nth % EVERY:
+        if nth != FIRST and nth != COUNTED and nth % EVERY:
             return
         self.sample = ExitStack()
-        self.sample.enter_context(self.exposed.watching())
-        self.sample.enter_context(self._timeline())
+        if nth == COUNTED:
+            self.tracker = self.sample.enter_context(self._tracking())
+        else:
+            self.sample.enter_context(self.exposed.watching())
+            self.sample.enter_context(self._timeline())
         torch.zeros(())  # the first operation that a mode sees loads parts of PyTorch
         self.exposed.settle()
-        if self.control is not None:
-            dist.barrier(group=self.control)
-        self.zero_s = time.perf_counter()
+        self.moments = []
+        for _ in range(BARRIERS):
+            if self.control is not None:
+                dist.barrier(group=self.control)
+            self.moments.append(time.perf_counter())
 
     def close(self) -> None:
-        """Leave a step that did not come to its end."""
+        """Leave a step that is sampled, at its end or in an error."""
         if self.sample is not None:
             self.sample.close()
+            self.sample = None
 
     def write(self, progress: Progress) -> None:
         """Gather all ranks' accounts, and write the ledger on rank 0; a collective call."""
@@ -187,6 +210,7 @@ class Account:
             sent=dict(self.exposed.sent),
             calls=dict(self.exposed.calls),
             memory_bytes=self.memory_bytes,
+            counts=self.counts,
             energy_j=self._energy(),
             energy_source=self.meter.source if self.meter else "",
         )
@@ -210,7 +234,7 @@ class Account:
             del spans[:]
             yield
             for phase, start, end in spans:
-                at = step.chunk, step.micro_batch, start - self.zero_s, end - self.zero_s
+                at = step.chunk, step.micro_batch, start, end
                 if phase == "pipeline wait":
                     self.waits.append(Done("F" if step.kind == "F" else "B", *at))
                 elif phase in ("forward", "backward"):
@@ -222,14 +246,28 @@ class Account:
         finally:
             clock.spans, pipeline.around = None, nullcontext
 
+    @contextmanager
+    def _tracking(self) -> Iterator[Tracker]:
+        """Count memory, FLOPs and kernels."""
+        tracker, pipeline = Tracker(self.exposed.groups), self.job.pipeline
+        owners = Owners(tracker, pipeline)
+        owners.moments(self.job.optimizer)
+        pipeline.around = owners.around
+        try:
+            with tracker.watching(self.job.chunks):
+                yield tracker
+        finally:
+            pipeline.around = nullcontext
+
     def _gather_timeline(self, step: int) -> None:
         """Each pipeline's timeline on its first rank; that of rank 0's is written."""
-        ranks: list[Any] = [(self.actions, self.waits)]
+        ranks: list[Any] = [(self.moments, self.actions, self.waits)]
         if self.job.layout.pipeline > 1:
             ranks = _gathered(ranks[0], self.job.layout.pipeline, self.job.pipeline.group)
         if self.job.mesh.rank == 0:
-            self.idle = idle_of(ranks)
-            lists = [[action._asdict() for action in actions] for actions, _ in ranks]
+            timelines = on_one_clock(ranks)
+            self.idle = idle_of(timelines)
+            lists = [[action._asdict() for action in actions] for actions, _ in timelines]
             _write(self.job.run.path, "timeline.json", json.dumps({"step": step, "ranks": lists}))
 
     def _memory(self) -> float | None:
@@ -260,6 +298,14 @@ class Account:
         if not self._measures_energy:
             return 0.0
         return self.meter.joules() if self.meter else None
+
+
+def _counts(tracker: Tracker, step: int) -> Counts:
+    """What a tracker saw in one step."""
+    flops: Counter[str] = Counter()
+    for work in tracker.work:
+        flops[work.kind] += work.flops  # type: ignore[assignment]
+    return Counts(step, tracker.kernels, dict(flops), dict(tracker.peak()[1]))
 
 
 def _gathered(mine: Any, size: int, group: dist.ProcessGroup) -> list[Any]:

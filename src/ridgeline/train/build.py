@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -94,11 +94,39 @@ def build(run: Run, decoder: MakeDecoder, mesh: Mesh, clock: Clock) -> Pipeline:
     A decoder with `initial_values(seed)` is made without memory first, and each rank fills the
     parts it keeps; another one is made whole, as it makes itself after seeding PyTorch.
     """
+    cuts = chunks_of(mesh.layout, run.model, run.sequence)
+    chunks = {}
+    for chunk in chunks_here(mesh, cuts):
+        model = without_memory(decoder, run.model)
+        filled = hasattr(model, "initial_values")
+        if not filled:
+            torch.manual_seed(run.seed)
+            model = decoder(run.model).to(mesh.device)
+        divide(model, run.model, mesh, chunk, len(cuts))
+        if filled:
+            _fill(model, run, mesh.device)
+        chunks[chunk.index] = model
+    return pipeline_of(run, mesh, chunks, len(cuts), clock)
+
+
+def chunks_here(mesh: Mesh, cuts: Sequence[Chunk]) -> list[Chunk]:
+    """Those chunks of the whole model that lie on this rank."""
+    ranks = schedule_of(mesh.layout, 1).rank_of_chunk
+    return [chunk for chunk in cuts if ranks[chunk.index] == mesh.place["pipeline"]]
+
+
+def divide(model: nn.Module, shape: ModelShape, mesh: Mesh, chunk: Chunk, count: int) -> None:
+    """Make a whole decoder this rank's part of `chunk`, one of `count`, in place."""
+    if count > 1:
+        cut(model, chunk)
+    parallelize(model, shape, mesh)
+
+
+def pipeline_of(
+    run: Run, mesh: Mesh, chunks: dict[int, nn.Module], count: int, clock: Clock
+) -> Pipeline:
+    """The pipeline of this rank's chunks, by their place among the `count` of the whole model."""
     layout, shape = mesh.layout, run.model
-    cuts = chunks_of(layout, shape, run.sequence)
-    ranks = schedule_of(layout, 1).rank_of_chunk
-    mine = [chunk for chunk in cuts if ranks[chunk.index] == mesh.place["pipeline"]]
-    chunks = {chunk.index: _make_chunk(run, decoder, mesh, chunk, len(cuts)) for chunk in mine}
     length = run.sequence // (layout.context * layout.tensor)
     dtype = PRECISIONS.get(layout.precision, torch.float32)
     hidden = partial(
@@ -108,7 +136,7 @@ def build(run: Run, decoder: MakeDecoder, mesh: Mesh, clock: Clock) -> Pipeline:
         layout=layout,
         rank=mesh.place["pipeline"],
         chunks=chunks,
-        count=len(cuts),
+        count=count,
         positions=mesh.positions(shape, run.sequence),
         hidden=hidden,
         group=mesh.devices["pipeline"].get_group(),
@@ -116,34 +144,25 @@ def build(run: Run, decoder: MakeDecoder, mesh: Mesh, clock: Clock) -> Pipeline:
     )
 
 
-def _make_chunk(run: Run, decoder: MakeDecoder, mesh: Mesh, chunk: Chunk, count: int) -> nn.Module:
-    model = without_memory(decoder, run.model)
-    filled = hasattr(model, "initial_values")
-    if not filled:
-        torch.manual_seed(run.seed)
-        model = decoder(run.model).to(mesh.device)
-    if count > 1:
-        cut(model, chunk)
-    parallelize(model, run.model, mesh)
-    if filled:
-        try:
-            _to_empty(model, mesh.device)
-        except RuntimeError as fault:  # what PyTorch raises when memory ends, on every device
-            raise ModelError(
-                f"building {run.model.name} on {mesh.device}",
-                str(fault).splitlines()[0],
-                "a smaller model, or a layout that divides it further",
-            ) from None
-        tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-        with torch.no_grad():
-            for name, value in model.initial_values(run.seed):  # type: ignore[operator]
-                whole = tensors[name]
-                here = whole.to_local() if isinstance(whole, DTensor) else whole
-                here.copy_(local_part(value, whole))
-    return model
+def _fill(model: nn.Module, run: Run, device: torch.device) -> None:
+    """Memory and initial values for a model without."""
+    try:
+        to_empty(model, device)
+    except RuntimeError as fault:  # what PyTorch raises when memory ends, on every device
+        raise ModelError(
+            f"building {run.model.name} on {device}",
+            str(fault).splitlines()[0],
+            "a smaller model, or a layout that divides it further",
+        ) from None
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    with torch.no_grad():
+        for name, value in model.initial_values(run.seed):  # type: ignore[operator]
+            whole = tensors[name]
+            here = whole.to_local() if isinstance(whole, DTensor) else whole
+            here.copy_(local_part(value, whole))
 
 
-def _to_empty(model: nn.Module, device: torch.device) -> None:
+def to_empty(model: nn.Module, device: torch.device) -> None:
     """Memory for a model without any; parameters that were one stay one."""
     shared: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():

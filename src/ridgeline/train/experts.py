@@ -57,7 +57,7 @@ class ExpertExchange:
         arriving_E = torch.empty_like(visits_E)
         dist.all_to_all_single(arriving_E, visits_E, group=self.group)
         leaving_RE, arriving_RE = visits_E.view(ranks, -1), arriving_E.view(ranks, -1)
-        send, receive = torch.stack([leaving_RE.sum(1), arriving_RE.sum(1)]).tolist()
+        send, receive = self.sizes(leaving_RE, arriving_RE, x_TD)
         arrived_TD = _AllToAll.apply(x_TD, send, receive, self.group)  # type: ignore[no-untyped-call]
 
         # They arrive by rank and within a rank by expert; experts want them by expert alone.
@@ -69,6 +69,13 @@ class ExpertExchange:
         back_TD = permute(out_TD, inverse_T, order_T)
         result_TD: Tensor = _AllToAll.apply(back_TD, receive, send, self.group)  # type: ignore[no-untyped-call]
         return result_TD
+
+    def sizes(
+        self, leaving_RE: Tensor, arriving_RE: Tensor, x_TD: Tensor
+    ) -> tuple[list[int], list[int]]:
+        """Rows of x_TD to each rank, and rows from each."""
+        send, receive = torch.stack([leaving_RE.sum(1), arriving_RE.sum(1)]).tolist()
+        return send, receive
 
 
 def mixtures(modules: Iterable[nn.Module]) -> list[MixtureOfExperts]:

@@ -8,7 +8,8 @@ timed steps, in which it waits for the device, are scaled to the length of an or
 
 from __future__ import annotations
 
-from collections import Counter
+import statistics
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 from ridgeline.ledger import Calls, Ledger, Memory, SentBytes, StepSeconds
 
 AXES = ("tensor", "pipeline", "data", "context", "expert")
+COMPONENTS = ("weights", "gradients", "optimizer", "activations", "temporary")
 BETWEEN = ("checkpoint", "evaluation")
 """Phases that lie between steps."""
 
@@ -28,7 +30,7 @@ class Done(NamedTuple):
     micro_batch: int
     start_s: float
     end_s: float
-    """Since the step began, which is the same moment on all ranks."""
+    """By the rank's own clock, or since the step began."""
 
 
 class Idle(NamedTuple):
@@ -40,6 +42,18 @@ class Idle(NamedTuple):
     """The part of it in which the neighbour had not yet made it."""
     at_the_end: float
     """From its last action to the last one of all."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What one rank did in one step."""
+
+    step: int
+    kernels: int
+    flops: Mapping[str, float]
+    """By kind of module."""
+    memory: Mapping[str, int]
+    """Bytes by component, when it held most."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +82,7 @@ class Counted:
     """Bytes by axis, of the last of them."""
     calls: Mapping[str, int] = field(default_factory=dict)
     memory_bytes: float | None = None
+    counts: Counts | None = None
     energy_j: float | None = None
     energy_source: str = ""
 
@@ -85,7 +100,30 @@ class Known:
     """Of one device."""
 
 
-def idle_of(ranks: Sequence[tuple[Sequence[Done], Sequence[Done]]]) -> list[Idle]:
+Timeline = tuple[list[Done], list[Done]]
+"""A pipeline rank's actions, and its waits."""
+
+
+def on_one_clock(ranks: Sequence[tuple[list[float], list[Done], list[Done]]]) -> list[Timeline]:
+    """Ranks' timelines by the first one's clock, from its last moment on.
+
+    Each comes with the moments at which the rank left the same barriers, by its own clock: clocks
+    of different machines begin anywhere. The median of the differences is how far two are apart.
+    """
+    first = ranks[0][0]
+    found = []
+    for moments, *lists in ranks:
+        apart = statistics.median(here - there for here, there in zip(moments, first, strict=True))
+        zero = first[-1] + apart
+        actions, waits = (
+            [done._replace(start_s=done.start_s - zero, end_s=done.end_s - zero) for done in each]
+            for each in lists
+        )
+        found.append((actions, waits))
+    return found
+
+
+def idle_of(ranks: Sequence[Timeline]) -> list[Idle]:
     """Each pipeline rank's idle time, from (actions, waits) of all of them.
 
     A wait lasts until a neighbour has made what it is for, which is the pipeline's bubble, and then
@@ -179,16 +217,11 @@ def ledger_of(rows: Sequence[Counted], idle: Sequence[Idle], known: Known) -> Le
     each = [seconds_of(row, idle[row.stage]) for row in rows]
     slowest = max(range(len(rows)), key=lambda rank: each[rank].compute_s or 0.0)
     row, seconds = rows[slowest], each[slowest]
-    stages: dict[int, float | None] = {}
-    for other in rows:
-        held = [stages.get(other.stage), other.memory_bytes]
-        stages[other.stage] = max((b for b in held if b is not None), default=None)
-    memory = tuple(Memory(total_bytes=stages[stage]) for stage in sorted(stages))
     energies = [other.energy_j for other in rows if other.energy_j is not None]
     energy = sum(energies) if len(energies) == len(rows) else None
     terms: dict[str, Any] = {
         "witness": "train",
-        "memory": memory if row.timed else (),
+        "memory": _memory(rows) if row.timed else (),
         "seconds": seconds,
         "step_energy_j": energy / row.all_steps if energy is not None and row.all_steps else None,
         "train_s": known.train_s,
@@ -205,6 +238,16 @@ def ledger_of(rows: Sequence[Counted], idle: Sequence[Idle], known: Known) -> Le
         }
         terms["sent"] = SentBytes(**{f"{axis}_bytes": sent for axis, (sent, _) in most.items()})
         terms["calls"] = Calls(**{axis: calls for axis, (_, calls) in most.items()})
+    counts = [other.counts for other in rows if other.counts is not None]
+    if counts:
+        by_kind = Counter[str]()
+        for each_counts in counts:
+            by_kind.update(each_counts.flops)  # type: ignore[arg-type]
+        terms["kernels"] = max(each_counts.kernels for each_counts in counts)
+        terms["flops_by_module"] = {kind: by_kind[kind] / len(rows) for kind in sorted(by_kind)}
+        terms["hardware_flops_per_device"] = hardware = by_kind.total() / len(rows)
+        if known.peak_flops and row.steps:
+            terms["hfu"] = hardware * row.steps / row.wall_s / known.peak_flops
     if row.steps:
         terms["tokens_per_s"] = speed = row.tokens / row.wall_s
         flops = known.flops_per_token / len(rows)
@@ -213,6 +256,22 @@ def ledger_of(rows: Sequence[Counted], idle: Sequence[Idle], known: Known) -> Le
     ledger = Ledger.model_validate(terms)
     told = {name: why for name, why in _sources(rows, slowest).items() if _known(ledger, name)}
     return ledger.model_copy(update={"sources": told})
+
+
+def _memory(rows: Sequence[Counted]) -> tuple[Memory, ...]:
+    """Of each stage, the components on the rank that held most, and the largest total."""
+    stages: dict[int, list[Counted]] = defaultdict(list)
+    for row in rows:
+        stages[row.stage].append(row)
+    found = []
+    for _, members in sorted(stages.items()):
+        totals = [row.memory_bytes for row in members if row.memory_bytes is not None]
+        parts = [row.counts.memory for row in members if row.counts is not None]
+        fullest: Mapping[str, int] = max(parts, key=lambda part: sum(part.values()), default={})
+        names = COMPONENTS if fullest else ()
+        components = {f"{name}_bytes": fullest.get(name, 0) for name in names}
+        found.append(Memory(**components, total_bytes=max(totals, default=None)))
+    return tuple(found)
 
 
 def _known(ledger: Ledger, term: str) -> bool:
@@ -242,9 +301,17 @@ def _sources(rows: Sequence[Counted], slowest: int) -> dict[str, str]:
         if row.on_accelerator
         else "peak resident memory less what the process held before it built the model"
     )
+    tracked = f"operations of step {row.counts.step}" if row.counts else ""
     energy = ", ".join(sorted({other.energy_source for other in rows if other.energy_source}))
     return {
         "memory.total_bytes": f"{held}, after {sampled}; the fullest rank of each stage",
+        **{
+            f"memory.{name}_bytes": f"storages in {tracked}; the fullest rank of each stage"
+            for name in COMPONENTS
+        },
+        "kernels": f"{tracked}; the rank with most",
+        "hardware_flops_per_device": f"matrix products in {tracked}; mean of {len(rows)} ranks",
+        "hfu": "FLOPs of the counted step in the mean time of a step, over the catalogue's peak",
         "seconds.forward_s": f"{phase}; less what is exposed",
         "seconds.backward_s": f"{phase}; less what is exposed",
         "seconds.compute_s": "forward and backward",

@@ -247,7 +247,7 @@ class Keeper:
         if saved:
             self.save(progress)
         with self.job.clock.phase("logging"):
-            if evaluated or saved or self.account.just_timed:
+            if evaluated or saved or self.account.just_sampled:
                 self.account.write(progress)
             if not (complete or stop):
                 self.account.prepare()

@@ -1,0 +1,127 @@
+"""What each kind of action does to a rank, and which micro-batches show all kinds.
+
+Two actions of one context (kind, what the chunk did before, how many gradients it has and awaits)
+do the same, so a few micro-batches tell of all of them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from ridgeline.layout.schedules import Action
+from ridgeline.layout.transfers import Step
+from ridgeline.train.messages import Message
+from ridgeline.train.tracker import Mark, Tracker
+
+
+class Context(NamedTuple):
+    """What decides what an action does."""
+
+    kind: str
+    """F, B, I or W; "before" and "after" are what surrounds the pipeline's pass."""
+    chunk: int
+    after: str | None = None
+    """What the chunk did before; None: nothing in this step."""
+    gradients: int = 0
+    """How often gradients came before these, 2 for more: FSDP2 begins to keep the last reduction
+    over copies with the first ones, and the one before that with the second."""
+    last: bool = False
+    """Whether it gives the step's last gradients of the chunk."""
+
+
+def contexts(steps: Iterable[Step]) -> Iterator[tuple[Action, Context]]:
+    """The actions of a rank's list, each with its context."""
+    actions = [step for step in steps if isinstance(step, Action)]
+    left = Counter(action.chunk for action in actions if action.kind in "BW")
+    whole = dict(left)
+    before: dict[int, str] = {}
+    for action in actions:
+        kind, chunk, _ = action
+        gradients, last = 0, False
+        if kind in "BW":
+            gradients, last = min(2, whole[chunk] - left[chunk]), left[chunk] == 1
+            left[chunk] -= 1
+        yield action, Context(kind, chunk, before.get(chunk), gradients, last)
+        before[chunk] = kind
+
+
+def enough(steps: Sequence[Step]) -> list[int]:
+    """Micro-batches whose actions alone show every context of `steps`.
+
+    With each new context come its micro-batch and that of the chunk's action before, which then
+    stand side by side in the shorter list too.
+    """
+    seen: set[Context] = set()
+    before: dict[int, int] = {}
+    chosen: set[int] = set()
+    for action, context in contexts(steps):
+        if context not in seen:
+            seen.add(context)
+            chosen |= {action.micro_batch, before.get(action.chunk, action.micro_batch)}
+        before[action.chunk] = action.micro_batch
+    return sorted(chosen)
+
+
+def only(steps: Sequence[Step], micro_batches: Sequence[int]) -> tuple[Step, ...]:
+    """The steps of some micro-batches, which are numbered anew."""
+    number = {micro_batch: index for index, micro_batch in enumerate(micro_batches)}
+    kept = (step for step in steps if step.micro_batch in number)
+    return tuple(step._replace(micro_batch=number[step.micro_batch]) for step in kept)
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What something does to a rank; bytes are above what is held when it starts."""
+
+    net: Mapping[str, int]
+    """Bytes more at its end, by owner."""
+    peak_bytes: int
+    """The most at any moment of it, at least 0."""
+    at_peak: Mapping[str, int]
+    """By owner, at that moment."""
+    flops: Mapping[str, float]
+    """By kind of module, attention counted causally."""
+    again: float
+    """FLOPs among them that backward does a second time."""
+    messages: tuple[Message, ...]
+    kernels: int
+
+    @cached_property
+    def by_axis(self) -> tuple[tuple[str, int, float], ...]:
+        """(axis, calls, bytes sent) of its messages."""
+        calls: Counter[str] = Counter(message.axis for message in self.messages)
+        return tuple(
+            (axis, count, sum(m.sent_bytes for m in self.messages if m.axis == axis))
+            for axis, count in calls.items()
+        )
+
+
+def effect_between(tracker: Tracker, start: Mark, end: Mark, shared: set[int]) -> Effect:
+    """What happened between two marks; storages in `shared` are born, but do not end: they are
+    handed over, and end when nobody holds them."""
+    now: Counter[str] = Counter()
+    at_peak: Mapping[str, int] = {}
+    total = most = 0
+    for storage, more in tracker.events[start.events : end.events]:
+        if storage in shared and more < 0:
+            continue
+        total += more
+        now[tracker.owner(storage)] += more
+        if total > most:
+            most, at_peak = total, dict(now)
+    flops: Counter[str] = Counter()
+    for work in tracker.work[start.work : end.work]:
+        flops[work.kind] += work.flops  # type: ignore[assignment]
+    return Effect(
+        net={owner: more for owner, more in now.items() if more},
+        peak_bytes=most,
+        at_peak=at_peak,
+        flops=dict(flops),
+        again=sum(work.flops for work in tracker.work[start.work : end.work] if work.again),
+        messages=tuple(tracker.messages[start.messages : end.messages]),
+        kernels=end.kernels - start.kernels,
+    )

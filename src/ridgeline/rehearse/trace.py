@@ -1,0 +1,299 @@
+"""The real training step of one rank, run on tensors that have shapes and no values.
+
+Decoder, layout, pipeline, loop and optimizer are the trainer's own; only what they run on is not
+there: memory (PyTorch's fake tensors), other ranks (a process group that answers nobody) and data.
+Nothing is allocated, so a rank of a trillion parameters traces on a laptop.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ridgeline.data.mixture import Mixture
+from ridgeline.layout.grid import RankGrid
+from ridgeline.layout.layout import Layout
+from ridgeline.layout.stages import chunks_of
+from ridgeline.layout.transfers import Step, Transfer
+from ridgeline.rehearse.effects import Context, Effect, contexts, effect_between, enough, only
+from ridgeline.run import Run
+from ridgeline.torch_compat import FakeTensorMode, fake_process_group
+from ridgeline.train.agreement import Agreement
+from ridgeline.train.build import (
+    MakeDecoder,
+    MakeOptimizer,
+    chunks_here,
+    divide,
+    pipeline_of,
+    to_empty,
+    without_memory,
+)
+from ridgeline.train.checkpoint import Progress, make_state
+from ridgeline.train.experts import ExpertExchange, mixtures
+from ridgeline.train.loop import Job, LossFunction, fetch, train_loop, valid_tokens
+from ridgeline.train.messages import groups_of
+from ridgeline.train.optimizer import LossScale
+from ridgeline.train.owners import Owners, hands_over
+from ridgeline.train.parallelize import Mesh, make_mesh
+from ridgeline.train.pipeline import Pipeline, steps_of
+from ridgeline.train.telemetry import Clock
+from ridgeline.train.tracker import Mark, Tracker
+
+BEFORE, AFTER = Context("before", -1), Context("after", -1)
+"""What surrounds the pipeline's pass: fetching tokens; norm, clipping and the optimizer."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a run is trained with."""
+
+    decoder: MakeDecoder
+    loss: LossFunction
+    optimizer: MakeOptimizer
+
+
+@dataclass(frozen=True)
+class Live:
+    """A tensor that is alive at the peak."""
+
+    name: str
+    """Its parameter, or the operation that made it."""
+    shape: tuple[int, ...]
+    dtype: str
+    owner: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one rank does in a step of steady state."""
+
+    resting: Mapping[str, int]
+    """Bytes by owner between two steps."""
+    micro_batches: int
+    """How many were traced."""
+    tokens_bytes: int
+    """Inputs and targets of one micro-batch."""
+    tokens_kernels: int
+    """What fetching and counting them launches."""
+    effects: dict[Context, Effect]
+    hidden_bytes: int
+    """What a chunk hands to the next for one micro-batch."""
+    largest: tuple[Live, ...]
+    """At the peak of what was traced."""
+    unowned: tuple[str, ...]
+    """Parameters that no optimizer moves."""
+    without_gradient: tuple[str, ...]
+    """Parameters that the pass gave no gradient."""
+    seconds: float
+
+
+class EvenExchange(ExpertExchange):
+    """Every rank sends every other as many visits: where nothing is routed, nobody knows better."""
+
+    def sizes(
+        self, leaving_RE: Tensor, arriving_RE: Tensor, x_TD: Tensor
+    ) -> tuple[list[int], list[int]]:
+        """As many rows each."""
+        ranks = self.group.size()
+        each, more = divmod(x_TD.shape[0], ranks)
+        rows = [each + (rank < more) for rank in range(ranks)]
+        return rows, rows
+
+
+class _NoData:
+    """Samples of zeros."""
+
+    def __init__(self, sequence: int) -> None:
+        self.sequence = sequence
+
+    def batch(self, start: int, size: int) -> Any:
+        return np.zeros((size, self.sequence + 1), dtype=np.int64)
+
+
+class _Accepting(LossScale):
+    """Every step counts: whether a gradient is finite is not known here."""
+
+    @property
+    def factor(self) -> float:
+        return self.START
+
+    def accepts(self, norm: Tensor) -> bool:
+        return True
+
+
+class _Nobody(Agreement):
+    """No rank ever asks to stop."""
+
+    def report(self, stop: bool, elapsed_s: float) -> tuple[bool, float]:
+        return False, 0.0
+
+
+@contextmanager
+def stage(run: Run, program: Program, rank: int) -> Iterator[tuple[Job, Tracker, Owners]]:
+    """Rank `rank` of a run, resolved, ready to train on fake tensors, and who watches it."""
+    layout = run.layout
+    assert isinstance(layout, Layout)
+    device = torch.device("cpu")
+    with fake_process_group(rank, layout.world):
+        mesh = make_mesh(layout, device, rank)
+        cuts = chunks_of(layout, run.model, run.sequence)
+        chunks: dict[int, nn.Module] = {}
+        for chunk in chunks_here(mesh, cuts):
+            model = without_memory(program.decoder, run.model)
+            divide(model, run.model, mesh, chunk, len(cuts))
+            for mixture in mixtures([model]):
+                if isinstance(mixture.exchange, ExpertExchange):
+                    mixture.exchange = EvenExchange(mixture.exchange.group)
+            chunks[chunk.index] = model
+        tracker = Tracker(groups_of(mesh), fake=True)
+        with FakeTensorMode(allow_non_fake_inputs=True), tracker.watching(chunks.values()):
+            for model in chunks.values():
+                to_empty(model, device)
+            clock = Clock()
+            pipeline = pipeline_of(run, mesh, chunks, len(cuts), clock)
+            owners = Owners(tracker, pipeline)
+            yield _job(run, program, mesh, pipeline, clock), tracker, owners
+
+
+def _job(run: Run, program: Program, mesh: Mesh, pipeline: Pipeline, clock: Clock) -> Job:
+    chunks = list(pipeline.chunks.values())
+    model = chunks[0] if len(chunks) == 1 else nn.ModuleList(chunks)
+    return Job(
+        run=run,
+        mesh=mesh,
+        pipeline=pipeline,
+        loss=program.loss,
+        optimizer=program.optimizer(model, run.optimizer),
+        loss_scale=_Accepting() if mesh.layout.precision == "fp16" else None,
+        mixture=cast(Mixture, _NoData(run.sequence)),
+        agreement=_Nobody(None),
+        clock=clock,
+        stop_asked=lambda: False,
+    )
+
+
+def of_micro_batches(run: Run, count: int, steps: int = 1) -> Run:
+    """The run with that many micro-batches per step, and that many steps."""
+    layout = run.layout
+    assert isinstance(layout, Layout)
+    batch = count * layout.data * layout.micro_batch
+    schedule = run.schedule.model_copy(
+        update={"global_batch": batch, "global_batch_tokens": None, "ramp": None}
+    )
+    budget = run.budget.model_copy(update={"steps": steps, "tokens": None, "hours": None})
+    return run.model_copy(update={"schedule": schedule, "budget": budget})
+
+
+def trace(run: Run, program: Program, rank: int, micro_batches: int) -> Trace:
+    """Trace a step of `micro_batches` on `rank`, by as many of them as show all there is."""
+    started = time.perf_counter()
+    layout = run.layout
+    assert isinstance(layout, Layout)
+    place = rank_on_pipeline(layout, rank)
+    every = steps_of(layout, place, micro_batches, True)
+    chosen = enough(every)
+    short = only(every, chosen)
+    with stage(of_micro_batches(run, len(chosen)), program, rank) as (job, tracker, owners):
+        job.pipeline.steps = lambda *_: short
+        make_state(job.optimizer)
+        owners.moments(job.optimizer)
+        marks: list[tuple[Step, Mark, Mark]] = []
+        shared: set[int] = set()
+        ungraded: list[str] = []
+
+        @contextmanager
+        def around(step: Step) -> Iterator[None]:
+            start = tracker.mark()
+            with owners.around(step):
+                yield
+            shared.update(map(tracker.see, hands_over(job.pipeline)))
+            marks.append((step, start, tracker.mark()))
+            if step is short[-1]:
+                ungraded.extend(_ungraded(job))
+
+        job.pipeline.around = around
+        one, two = (_fetching(job, tracker, count) for count in (1, 2))
+        resting = _living(tracker, tracker.mark())
+        begin = tracker.mark()
+        left: list[Mark] = []
+        train_loop(job, Progress(), lambda _: left.append(tracker.mark()), lambda *_: None)
+        end = tracker.mark()
+        # While a step runs, the loop still has the numbers of the step before.
+        resting["temporary"] += _living(tracker, left[0], since=marks[0][1])["temporary"]
+        found = partial(effect_between, tracker, shared=shared)
+        effects = {BEFORE: found(begin, marks[0][1]), AFTER: found(marks[-1][2], end)}
+        of_action = {step: (at, to) for step, at, to in marks if not isinstance(step, Transfer)}
+        for action, context in contexts(short):
+            effects.setdefault(context, found(*of_action[action]))
+        return Trace(
+            resting=resting,
+            micro_batches=len(chosen),
+            tokens_bytes=two[0] - one[0],
+            tokens_kernels=two[1] - one[1],
+            effects=effects,
+            hidden_bytes=job.pipeline.hidden().untyped_storage().nbytes(),
+            largest=_largest(tracker, begin),
+            unowned=_unowned(job),
+            without_gradient=tuple(ungraded),
+            seconds=time.perf_counter() - started,
+        )
+
+
+def rank_on_pipeline(layout: Layout, rank: int) -> int:
+    """Which pipeline rank a rank of the run is."""
+    return RankGrid(layout).place(rank)["pipeline"]
+
+
+def _living(tracker: Tracker, moment: Mark, since: Mark | None = None) -> Counter[str]:
+    """Bytes by owner at a moment; those of storages that were born after `since`, if given."""
+    held: Counter[str] = Counter()
+    old = {storage for storage, _ in tracker.events[: since.events]} if since else set()
+    for storage, more in tracker.events[: moment.events]:
+        if storage not in old:
+            held[tracker.owner(storage)] += more
+    return held
+
+
+def _fetching(job: Job, tracker: Tracker, micro_batches: int) -> tuple[int, int]:
+    """Bytes of the tokens of a step, and what fetching and counting them launches."""
+    start = tracker.mark()
+    inputs, targets = fetch(replace(job, run=of_micro_batches(job.run, micro_batches)), 0)
+    valid_tokens(targets)
+    sizes = [each.untyped_storage().nbytes() for each in (*inputs, *targets)]
+    return sum(sizes), tracker.mark().kernels - start.kernels
+
+
+def _largest(tracker: Tracker, begin: Mark, count: int = 5) -> tuple[Live, ...]:
+    return tuple(
+        Live(*tracker.made_by[storage], tracker.owner(storage), size)
+        for storage, size in tracker.largest(begin.events, count)
+    )
+
+
+def _ungraded(job: Job) -> list[str]:
+    return [
+        f"chunk {index}: {name}"
+        for index, chunk in job.pipeline.chunks.items()
+        for name, parameter in chunk.named_parameters()
+        if parameter.requires_grad and parameter.grad is None
+    ]
+
+
+def _unowned(job: Job) -> tuple[str, ...]:
+    owned = {id(p) for group in job.optimizer.param_groups for p in group["params"]}
+    return tuple(
+        f"chunk {index}: {name}"
+        for index, chunk in job.pipeline.chunks.items()
+        for name, parameter in chunk.named_parameters()
+        if parameter.requires_grad and id(parameter) not in owned
+    )
