@@ -383,10 +383,11 @@ def peak_memory_bytes(device: torch.device) -> int | None:
 def pci_address(device: torch.device) -> str | None:
     """Where an accelerator sits, as 0000:c1:00.0; None where its module does not tell."""
     properties = torch.get_device_module(device).get_device_properties(device)
-    parts = [getattr(properties, f"pci_{part}_id", None) for part in ("domain", "bus", "device")]
-    if None in parts:
+    names = [f"pci_{part}_id" for part in ("domain", "bus", "device")]
+    if not all(hasattr(properties, name) for name in names):
         return None
-    return "{:04x}:{:02x}:{:02x}.0".format(*parts)
+    domain, bus, place = (getattr(properties, name) for name in names)
+    return f"{domain:04x}:{bus:02x}:{place:02x}.0"
 
 
 def name_of(device: torch.device) -> str:
@@ -477,7 +478,7 @@ def work_of(result: Any) -> Work | None:
     last = result[-1] if isinstance(result, tuple) else result
     if not isinstance(last, torch.ScriptObject):
         return None
-    work: Work = Work.unbox(last)  # type: ignore[attr-defined]
+    work: Work = Work.unbox(last)
     return work
 
 
@@ -492,7 +493,7 @@ def waits_seen_by(
     CPU: tested on 2.11.0 and 2.13.0. Accelerators: never run on one.
     """
     plain: Any = Work.wait
-    Work.wait = lambda work, *rest, **options: see(  # type: ignore[method-assign,assignment]
+    Work.wait = lambda work, *rest, **options: see(  # type: ignore[method-assign]
         work, lambda: plain(work, *rest, **options)
     )
     streams: Any = None

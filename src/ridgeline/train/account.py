@@ -13,8 +13,8 @@ import json
 import os
 import resource
 import time
-from collections import Counter
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,8 +45,10 @@ from ridgeline.train.measured import (
 )
 from ridgeline.train.messages import groups_of
 from ridgeline.train.owners import Owners
+from ridgeline.train.telemetry import Span
 from ridgeline.train.tracker import Tracker
 
+Seconds = defaultdict[str, float]
 FIRST, EVERY = 3, 200
 """Which steps of a session are timed finely: this one, and then every so many."""
 COUNTED = FIRST + 1
@@ -90,13 +92,13 @@ class Account:
         self.before = before
         self.steps = self.tokens = self.all_steps = 0
         self.wall_s = 0.0
-        self.seconds: Counter[str] = Counter()
-        self.between: Counter[str] = Counter()
-        self.pending: Counter[str] = Counter()
-        self.since_logged: Counter[str] = Counter()
+        self.seconds: Seconds = defaultdict(float)
+        self.between: Seconds = defaultdict(float)
+        self.pending: Seconds = defaultdict(float)
+        self.since_logged: Seconds = defaultdict(float)
         self.exposed = Exposed(groups_of(job.mesh), job.clock, job.mesh.device)
         self.timed: list[int] = []
-        self.timed_seconds: Counter[str] = Counter()
+        self.timed_seconds: Seconds = defaultdict(float)
         self.timed_wall_s = 0.0
         self.memory_bytes: float | None = None
         self.sample: ExitStack | None = None
@@ -118,7 +120,7 @@ class Account:
         """A step is done: add it up."""
         wall = time.perf_counter() - self.moments[-1] if self.moments else 0.0
         self._take()
-        seconds, self.pending = self.pending, Counter()
+        seconds, self.pending = self.pending, defaultdict(float)
         self.all_steps += 1
         nth = progress.step - self.first.step
         sampled = self.sample is not None
@@ -129,22 +131,22 @@ class Account:
         elif sampled:
             self.timed.append(progress.step)
             self.timed_wall_s += wall
-            self.timed_seconds.update(seconds)
-            del self.timed_seconds["logging"]
+            _add(self.timed_seconds, seconds)
+            self.timed_seconds.pop("logging", None)
             self.memory_bytes = self._memory()
             self._gather_timeline(progress.step)
         elif nth > 1:
             self.steps += 1
             self.tokens += progress.tokens - self.seen.tokens
             self.wall_s += progress.elapsed_s - self.seen.elapsed_s
-            self.seconds.update(seconds)
+            _add(self.seconds, seconds)
         self.seen = progress
         if self.meter:
             self.meter.poll()
 
     def take_logged(self) -> dict[str, float]:
         """Seconds by phase since the last time; an evaluation logs its own."""
-        taken, self.since_logged = dict(self.since_logged), Counter()
+        taken, self.since_logged = dict(self.since_logged), defaultdict(float)
         taken.pop("evaluation", None)
         return taken
 
@@ -218,16 +220,17 @@ class Account:
     def _take(self) -> None:
         """Add up what the clock has; a step's phases wait for the step to be done."""
         taken = self.job.clock.take()
-        self.since_logged.update(taken)
+        _add(self.since_logged, taken)
         for name, seconds in taken.items():
-            (self.between if name in BETWEEN else self.pending)[name] += seconds  # type: ignore[assignment]
+            (self.between if name in BETWEEN else self.pending)[name] += seconds
 
     @contextmanager
     def _timeline(self) -> Iterator[None]:
         """Note when each action of the pipeline runs."""
         self.actions, self.waits = [], []
         clock, pipeline = self.job.clock, self.job.pipeline
-        clock.spans = spans = []
+        spans: list[Span] = []
+        clock.spans = spans
 
         @contextmanager
         def around(step: Step) -> Iterator[None]:
@@ -300,11 +303,16 @@ class Account:
         return self.meter.joules() if self.meter else None
 
 
+def _add(total: Seconds, more: Mapping[str, float]) -> None:
+    for name, seconds in more.items():
+        total[name] += seconds
+
+
 def _counts(tracker: Tracker, step: int) -> Counts:
     """What a tracker saw in one step."""
-    flops: Counter[str] = Counter()
+    flops: defaultdict[str, float] = defaultdict(float)
     for work in tracker.work:
-        flops[work.kind] += work.flops  # type: ignore[assignment]
+        flops[work.kind] += work.flops
     return Counts(step, tracker.kernels, dict(flops), dict(tracker.peak()[1]))
 
 

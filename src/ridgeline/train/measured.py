@@ -9,7 +9,7 @@ timed steps, in which it waits for the device, are scaled to the length of an or
 from __future__ import annotations
 
 import statistics
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -184,7 +184,7 @@ def seconds_of(row: Counted, idle: Idle) -> StepSeconds:
 
 def _divided(
     row: Counted, phases: Mapping[str, float], scale: float, idle: Idle
-) -> tuple[dict[str, float], Counter[str], float]:
+) -> tuple[dict[str, float], dict[str, float], float]:
     """(each phase without what is exposed in it, exposed seconds by axis, the bubble).
 
     The last rank that works makes the others wait in the message of the gradient's norm, the first
@@ -193,8 +193,8 @@ def _divided(
     own = dict(phases)
     waited = own.pop("pipeline wait", 0.0)
     bubble = waited * (idle.for_neighbour / idle.waited if idle.waited else 0.0)
-    by_axis: Counter[str] = Counter()
-    by_axis["pipeline"] = waited - bubble  # type: ignore[assignment]
+    by_axis: defaultdict[str, float] = defaultdict(float)
+    by_axis["pipeline"] = waited - bubble
     tail = idle.at_the_end * (scale if row.on_accelerator else 1.0)
     for name, whole in own.items():
         exposed = {
@@ -208,7 +208,7 @@ def _divided(
             if name == "optimizer" and axis in ("world", "pipeline"):
                 idled = min(part, tail)
                 bubble, tail, part = bubble + idled, tail - idled, part - idled
-            by_axis[axis] += part  # type: ignore[assignment]
+            by_axis[axis] += part
     return {name: max(0.0, seconds) for name, seconds in own.items()}, by_axis, bubble
 
 
@@ -240,12 +240,13 @@ def ledger_of(rows: Sequence[Counted], idle: Sequence[Idle], known: Known) -> Le
         terms["calls"] = Calls(**{axis: calls for axis, (_, calls) in most.items()})
     counts = [other.counts for other in rows if other.counts is not None]
     if counts:
-        by_kind = Counter[str]()
+        by_kind = defaultdict[str, float](float)
         for each_counts in counts:
-            by_kind.update(each_counts.flops)  # type: ignore[arg-type]
+            for kind, flops in each_counts.flops.items():
+                by_kind[kind] += flops
         terms["kernels"] = max(each_counts.kernels for each_counts in counts)
         terms["flops_by_module"] = {kind: by_kind[kind] / len(rows) for kind in sorted(by_kind)}
-        terms["hardware_flops_per_device"] = hardware = by_kind.total() / len(rows)
+        terms["hardware_flops_per_device"] = hardware = sum(by_kind.values()) / len(rows)
         if known.peak_flops and row.steps:
             terms["hfu"] = hardware * row.steps / row.wall_s / known.peak_flops
     if row.steps:
