@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-# The packages `plan` and `train` and the verbs share names: load the (empty) packages first, so
-# that importing one of their modules later does not put the package in the verb's place.
+# The packages `plan`, `rehearse` and `train` and the verbs share names: load the (empty) packages
+# first, so that importing one of their modules later does not put the package in the verb's place.
 from ridgeline import plan as _plan_package  # noqa: F401
+from ridgeline import rehearse as _rehearse_package  # noqa: F401
 from ridgeline import train as _train_package  # noqa: F401
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from ridgeline.plan.cost import Cost
     from ridgeline.plan.plan import Plan
     from ridgeline.plan.validate import Validation
+    from ridgeline.rehearse.rehearse import Rehearsal
     from ridgeline.run import Run
     from ridgeline.train.build import MakeDecoder, MakeOptimizer
     from ridgeline.train.loop import LossFunction
@@ -36,6 +38,7 @@ __all__ = [
     "plan",
     "prepare",
     "read_run",
+    "rehearse",
     "report",
     "sample",
     "train",
@@ -103,6 +106,25 @@ def parity(
     parts = {"decoder": decoder, "loss": loss, "optimizer": optimizer, "progress": progress}
     own: Any = {name: part for name, part in parts.items() if part is not None}
     return compare(run, layouts, steps, **own)
+
+
+def rehearse(
+    run: Run,
+    *,
+    decoder: MakeDecoder | None = None,
+    loss: LossFunction | None = None,
+    optimizer: MakeOptimizer | None = None,
+    progress: Callable[[str, float], None] | None = None,
+) -> Rehearsal:
+    """Trace the real training step of a run at its full size, on one CPU; every part as in `train`.
+
+    See `ridgeline.rehearse.rehearse.rehearse`.
+    """
+    from ridgeline.rehearse.rehearse import rehearse as trace
+
+    parts = {"decoder": decoder, "loss": loss, "optimizer": optimizer, "progress": progress}
+    own: Any = {name: part for name, part in parts.items() if part is not None}
+    return trace(run, **own)
 
 
 def sample(folder: Path, prompt: str, **options: Any) -> str:

@@ -10,7 +10,7 @@ import click
 
 import ridgeline
 from ridgeline.cli_plan import NewFile, machines, plan, probe, validate
-from ridgeline.cli_train import OVERRIDES, parity
+from ridgeline.cli_train import OVERRIDES, parity, rehearse
 from ridgeline.errors import NotLearnt, RidgelineError
 
 RESUME_ME = 75
@@ -192,6 +192,7 @@ def cost(as_json: bool, **asked: Any) -> None:
 
 
 verbs.add_command(parity)
+verbs.add_command(rehearse)
 verbs.add_command(plan)
 verbs.add_command(validate)
 verbs.add_command(machines)

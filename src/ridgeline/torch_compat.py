@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -82,7 +83,6 @@ __all__ = [
     "shard",
     "sharded_parameters",
     "unshard",
-    "waits_seen_by",
     "weight_half",
     "whole",
     "work_of",
@@ -212,12 +212,14 @@ def fake_process_group(rank: int, world: int) -> Iterator[None]:
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    hook = sys.excepthook  # a process group puts its rank before every line of an error
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     try:
         yield
     finally:
         dist.destroy_process_group()
         forget_meshes()
+        sys.excepthook = hook
 
 
 def unshard(module: nn.Module) -> None:
@@ -480,35 +482,3 @@ def work_of(result: Any) -> Work | None:
         return None
     work: Work = Work.unbox(last)
     return work
-
-
-@contextmanager
-def waits_seen_by(
-    see: Callable[[Work | None, Callable[[], Any]], Any], device: torch.device
-) -> Iterator[None]:
-    """Meanwhile each wait for a message is done by `see(work, wait)`, which calls `wait()` once.
-
-    Waiting is no operation, so no dispatch mode sees it. On an accelerator FSDP2 does not wait for
-    a work: it makes the stream that computes wait for an event, which `see` gets without a work.
-    CPU: tested on 2.11.0 and 2.13.0. Accelerators: never run on one.
-    """
-    plain: Any = Work.wait
-    Work.wait = lambda work, *rest, **options: see(  # type: ignore[method-assign]
-        work, lambda: plain(work, *rest, **options)
-    )
-    streams: Any = None
-    if device.type != "cpu":
-        computing = torch.get_device_module(device).current_stream()
-        streams = type(computing)
-        plain_event = streams.wait_event
-        streams.wait_event = lambda stream, event: (
-            see(None, lambda: plain_event(stream, event))
-            if stream == computing
-            else plain_event(stream, event)
-        )
-    try:
-        yield
-    finally:
-        Work.wait = plain  # type: ignore[method-assign]
-        if streams is not None:
-            streams.wait_event = plain_event

@@ -100,6 +100,8 @@ def test_an_accelerator_with_a_counter_is_read_by_it(tmp_path: Path) -> None:
     file.write_text("16500000\n")
     assert meter.joules() == 6.5
     assert meter.source == "hwmon energy1_input"
+    file.write_text("500000\n")
+    assert meter.joules() is None  # reset, and nobody knows at which value
 
 
 @pytest.mark.parametrize("file", ["power1_average", "power1_input"])

@@ -51,6 +51,9 @@ class Meter:
         for value, before, (_, turn) in zip(values, self.before, self.counters, strict=True):
             if self.power:
                 self.total_j += (value + before) / 2 * (now - self.at_s)
+            elif value < before and turn is None:
+                self.total_j = None  # it was reset
+                return
             else:
                 self.total_j += value - before + (turn or 0.0) * (value < before)
         self.before, self.at_s = values, now

@@ -95,10 +95,15 @@ def _added_up(
     gathered = gathered + np.where(zero >= 2, biggest * task.gradient_bytes, 0.0)
     temporary = gathered + working
     used = weights + gradients + optimizer + activations + temporary
-    framework = np.full_like(used, FRAMEWORK_BYTES) + FRAGMENTATION * used
+    framework = framework_bytes(used)
     return Memory(
         weights, gradients, optimizer, activations, temporary, framework, used + framework
     )
+
+
+def framework_bytes(used: Array) -> Array:
+    """What no tensor accounts for, where tensors take `used` bytes."""
+    return FRAMEWORK_BYTES + FRAGMENTATION * used
 
 
 def _whole_gradient(task: Task, layouts: Layouts) -> Array:

@@ -23,7 +23,8 @@ class Context(NamedTuple):
 
     kind: str
     """F, B, I or W; "before" and "after" are what surrounds the pipeline's pass."""
-    chunk: int
+    slot: int
+    """Which of the rank's chunks, in their order along the model."""
     after: str | None = None
     """What the chunk did before; None: nothing in this step."""
     gradients: int = 0
@@ -38,6 +39,7 @@ def contexts(steps: Iterable[Step]) -> Iterator[tuple[Action, Context]]:
     actions = [step for step in steps if isinstance(step, Action)]
     left = Counter(action.chunk for action in actions if action.kind in "BW")
     whole = dict(left)
+    slots = {chunk: slot for slot, chunk in enumerate(sorted(whole))}
     before: dict[int, str] = {}
     for action in actions:
         kind, chunk, _ = action
@@ -45,7 +47,7 @@ def contexts(steps: Iterable[Step]) -> Iterator[tuple[Action, Context]]:
         if kind in "BW":
             gradients, last = min(2, whole[chunk] - left[chunk]), left[chunk] == 1
             left[chunk] -= 1
-        yield action, Context(kind, chunk, before.get(chunk), gradients, last)
+        yield action, Context(kind, slots[chunk], before.get(chunk), gradients, last)
         before[chunk] = kind
 
 
@@ -53,7 +55,7 @@ def enough(steps: Sequence[Step]) -> list[int]:
     """Micro-batches whose actions alone show every context of `steps`.
 
     With each new context come its micro-batch and that of the chunk's action before, which then
-    stand side by side in the shorter list too.
+    stand side by side in the shorter list too. Then those go without which all is still shown.
     """
     seen: set[Context] = set()
     before: dict[int, int] = {}
@@ -63,6 +65,10 @@ def enough(steps: Sequence[Step]) -> list[int]:
             seen.add(context)
             chosen |= {action.micro_batch, before.get(action.chunk, action.micro_batch)}
         before[action.chunk] = action.micro_batch
+    for micro_batch in sorted(chosen, reverse=True):
+        fewer = chosen - {micro_batch}
+        if seen <= {context for _, context in contexts(only(steps, sorted(fewer)))}:
+            chosen = fewer
     return sorted(chosen)
 
 

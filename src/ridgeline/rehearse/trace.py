@@ -7,9 +7,10 @@ Nothing is allocated, so a rank of a trillion parameters traces on a laptop.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,9 +19,9 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ridgeline.data.mixture import Mixture
-from ridgeline.layout.grid import RankGrid
 from ridgeline.layout.layout import Layout
 from ridgeline.layout.stages import chunks_of
 from ridgeline.layout.transfers import Step, Transfer
@@ -44,10 +45,11 @@ from ridgeline.train.messages import groups_of
 from ridgeline.train.optimizer import LossScale
 from ridgeline.train.owners import Owners, hands_over
 from ridgeline.train.parallelize import Mesh, make_mesh
-from ridgeline.train.pipeline import Pipeline, steps_of
+from ridgeline.train.pipeline import Pipeline
 from ridgeline.train.telemetry import Clock
 from ridgeline.train.tracker import Mark, Tracker
 
+LOGITS = ("activations", "temporary")
 BEFORE, AFTER = Context("before", -1), Context("after", -1)
 """What surrounds the pipeline's pass: fetching tokens; norm, clipping and the optimizer."""
 
@@ -94,6 +96,8 @@ class Trace:
     """Parameters that no optimizer moves."""
     without_gradient: tuple[str, ...]
     """Parameters that the pass gave no gradient."""
+    whole: tuple[str, ...]
+    """What stands whole on this rank although the layout divides it."""
     seconds: float
 
 
@@ -194,13 +198,9 @@ def of_micro_batches(run: Run, count: int, steps: int = 1) -> Run:
     return run.model_copy(update={"schedule": schedule, "budget": budget})
 
 
-def trace(run: Run, program: Program, rank: int, micro_batches: int) -> Trace:
-    """Trace a step of `micro_batches` on `rank`, by as many of them as show all there is."""
+def trace(run: Run, program: Program, rank: int, every: Sequence[Step]) -> Trace:
+    """Trace a step of `rank`, by as many micro-batches of `every` as show all there is."""
     started = time.perf_counter()
-    layout = run.layout
-    assert isinstance(layout, Layout)
-    place = rank_on_pipeline(layout, rank)
-    every = steps_of(layout, place, micro_batches, True)
     chosen = enough(every)
     short = only(every, chosen)
     with stage(of_micro_batches(run, len(chosen)), program, rank) as (job, tracker, owners):
@@ -245,13 +245,9 @@ def trace(run: Run, program: Program, rank: int, micro_batches: int) -> Trace:
             largest=_largest(tracker, begin),
             unowned=_unowned(job),
             without_gradient=tuple(ungraded),
+            whole=tuple(_whole(job, tracker)),
             seconds=time.perf_counter() - started,
         )
-
-
-def rank_on_pipeline(layout: Layout, rank: int) -> int:
-    """Which pipeline rank a rank of the run is."""
-    return RankGrid(layout).place(rank)["pipeline"]
 
 
 def _living(tracker: Tracker, moment: Mark, since: Mark | None = None) -> Counter[str]:
@@ -297,3 +293,33 @@ def _unowned(job: Job) -> tuple[str, ...]:
         for name, parameter in chunk.named_parameters()
         if parameter.requires_grad and id(parameter) not in owned
     )
+
+
+def _whole(job: Job, tracker: Tracker) -> Iterator[str]:
+    """Logits, and gradients of parameters, that tensor ranks divide and that stand here whole."""
+    if job.layout.tensor == 1:
+        return
+    made = {storage: each for storage, each in tracker.made_by.items() if len(each[1]) > 1}
+    logits = [
+        shape
+        for storage, (_, shape, _) in made.items()
+        if shape[-1] == job.run.model.vocab and tracker.owner(storage) in LOGITS
+    ]
+    if logits:
+        yield f"logits {max(logits, key=math.prod)} stand whole on a rank of tp{job.layout.tensor}"
+    gradients = {shape for s, (_, shape, _) in made.items() if tracker.owner(s) == "gradients"}
+    for index, chunk in job.pipeline.chunks.items():
+        for name, parameter in chunk.named_parameters():
+            divided = isinstance(parameter, DTensor) and _parts(parameter) > 1
+            if divided and len(parameter.shape) > 1 and tuple(parameter.shape) in gradients:
+                yield (
+                    f"chunk {index}: the gradient of {name} {tuple(parameter.shape)} stands whole "
+                    f"on a rank of tp{job.layout.tensor}"
+                )
+
+
+def _parts(parameter: DTensor) -> int:
+    """Into how many parts tensor ranks divide a parameter."""
+    names = parameter.device_mesh.mesh_dim_names or ()
+    sizes = zip(names, parameter.placements, parameter.device_mesh.shape, strict=True)
+    return math.prod(size for name, each, size in sizes if name == "tensor" and each.is_shard())

@@ -281,7 +281,8 @@ class Account:
         if (peak := peak_memory_bytes(self.job.mesh.device)) is not None:
             return float(peak)
         most = held().most_bytes
-        return float(most - self.before.resident_bytes) if most > self.before.most_bytes else None
+        more = most - self.before.resident_bytes  # the kernel keeps the two not quite at once
+        return float(more) if most > self.before.most_bytes and more > 0 else None
 
     def _meter(self) -> Meter | None:
         """What measures this rank's device; on CPUs, the first rank of a node measures the node."""

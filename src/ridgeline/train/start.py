@@ -119,9 +119,7 @@ def refuse_impossible(run: Run, host: Host, world: int | None) -> Mixture:
         )
     if run.cluster.device != "local":
         device_named(run.cluster.device)
-    devices = world or run.cluster.devices or None
-    check(run.layout, run.model, run.sequence, batch_unit(run), devices)
-    trainable(run.layout, run.model, run.sequence)
+    refuse_layout(run, run.layout, world)
     if run.layout.precision == "fp8":
         check_float8(host.device, host.device.type != "cpu" and multiplies_fp8(host.device))
     room = host.devices or LOCAL_RANKS_PER_CORE * host.cores
@@ -137,6 +135,12 @@ def refuse_impossible(run: Run, host: Host, world: int | None) -> Mixture:
     for corpus in mixture.corpora:
         mixture.held_out(corpus.name, 1)  # now, not after the last step
     return mixture
+
+
+def refuse_layout(run: Run, layout: Layout, world: int | None = None) -> None:
+    """Raise LayoutError for a layout that no arithmetic or no program divides `run` by."""
+    check(layout, run.model, run.sequence, batch_unit(run), world or run.cluster.devices or None)
+    trainable(layout, run.model, run.sequence)
 
 
 def judge(run: Run, outcome: Outcome) -> None:

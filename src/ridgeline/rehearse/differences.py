@@ -1,0 +1,58 @@
+"""What an accelerator does otherwise than the CPU on which a rehearsal is traced."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ridgeline.rehearse.rehearse import Rehearsal
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One operation, or one taker of memory that is no tensor."""
+
+    what: str
+    traced: str
+    """What the rehearsal counts."""
+    there: str
+    """What the target does."""
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.what}: traced {self.traced}; there {self.there} ({self.source})"
+
+
+def differences_of(found: Rehearsal) -> list[Difference]:
+    """Those that matter to a run."""
+    run, layout = found.run, found.layout
+    rows = []
+    if run.model.norm == "rmsnorm" or run.model.qk_norm:
+        rows.append(
+            Difference(
+                "RMSNorm",
+                "PyTorch's parts, in the order of a CPU",
+                "one fused kernel that keeps its input and a number per row",
+                "PyTorch 2.13, aten/src/ATen/native/layer_norm.cpp",
+            )
+        )
+    rows.append(
+        Difference(
+            "attention",
+            "the CPU's flash kernel: q, k, v, output and a float32 number per row and head",
+            "the same tensors, and two seeds of 8 bytes"
+            + (", in bf16 and fp16; in fp32 another kernel" if layout.precision == "fp32" else ""),
+            "PyTorch 2.13, derivatives.yaml",
+        )
+    )
+    if layout.compile:
+        rows.append(
+            Difference(
+                "compiled blocks",
+                "as eager ones",
+                "fewer saved tensors and temporaries, by the compiler's choice",
+                "not rehearsed",
+            )
+        )
+    return rows
