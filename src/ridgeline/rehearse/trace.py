@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any, cast
 
 import numpy as np
@@ -24,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from ridgeline.data.mixture import Mixture
 from ridgeline.layout.layout import Layout
 from ridgeline.layout.stages import chunks_of
-from ridgeline.layout.transfers import Step, Transfer
+from ridgeline.layout.transfers import Step
 from ridgeline.rehearse.effects import Context, Effect, contexts, effect_between, enough, only
 from ridgeline.run import Run
 from ridgeline.torch_compat import FakeTensorMode, fake_process_group
@@ -207,18 +208,18 @@ def trace(run: Run, program: Program, rank: int, every: Sequence[Step]) -> Trace
         job.pipeline.steps = lambda *_: short
         make_state(job.optimizer)
         owners.moments(job.optimizer)
-        marks: list[tuple[Step, Mark, Mark]] = []
+        marks: list[Mark] = []  # before each step, and behind the last
         shared: set[int] = set()
         ungraded: list[str] = []
 
         @contextmanager
         def around(step: Step) -> Iterator[None]:
-            start = tracker.mark()
+            marks.append(tracker.mark())
             with owners.around(step):
                 yield
             shared.update(map(tracker.see, hands_over(job.pipeline)))
-            marks.append((step, start, tracker.mark()))
             if step is short[-1]:
+                marks.append(tracker.mark())
                 ungraded.extend(_ungraded(job))
 
         job.pipeline.around = around
@@ -229,12 +230,12 @@ def trace(run: Run, program: Program, rank: int, every: Sequence[Step]) -> Trace
         train_loop(job, Progress(), lambda _: left.append(tracker.mark()), lambda *_: None)
         end = tracker.mark()
         # While a step runs, the loop still has the numbers of the step before.
-        resting["temporary"] += _living(tracker, left[0], since=marks[0][1])["temporary"]
+        resting["temporary"] += _living(tracker, left[0], since=marks[0])["temporary"]
         found = partial(effect_between, tracker, shared=shared)
-        effects = {BEFORE: found(begin, marks[0][1]), AFTER: found(marks[-1][2], end)}
-        of_action = {step: (at, to) for step, at, to in marks if not isinstance(step, Transfer)}
+        effects = {BEFORE: found(begin, marks[0]), AFTER: found(marks[-1], end)}
+        spans = dict(zip(short, pairwise(marks), strict=True))
         for action, context in contexts(short):
-            effects.setdefault(context, found(*of_action[action]))
+            effects.setdefault(context, found(*spans[action]))
         return Trace(
             resting=resting,
             micro_batches=len(chosen),

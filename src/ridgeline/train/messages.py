@@ -88,7 +88,10 @@ def groups_of(mesh: Mesh) -> dict[str, MessageAxis]:
 def message_of(
     operation: Any, arguments: tuple[Any, ...], groups: Mapping[str, MessageAxis]
 ) -> Message | None:
-    """The message that an operation is, as a dispatch mode sees it; None: it is none."""
+    """The message that an operation is, as a dispatch mode sees it.
+
+    None: it is none, or goes over a group that is no axis (what hosts agree on beside a step).
+    """
     name = operation.name().partition(".")[0] if hasattr(operation, "name") else ""
     kind = KINDS.get(name)
     if kind is None:
@@ -96,12 +99,14 @@ def message_of(
             return Message("world", "other", 0, 1)
         return None
     group = _group(arguments)
+    if group.group_name not in groups:
+        return None
     tensors = [_bytes(each) for each in arguments if _has_tensors(each)]
     # Base calls give (output, input): the larger one is the whole of what is gathered or scattered.
     whole = max(tensors)
     if name == "_c10d_functional::all_gather_into_tensor":
         whole *= group.size()
-    return Message(groups.get(group.group_name, "world"), kind, whole, group.size())
+    return Message(groups[group.group_name], kind, whole, group.size())
 
 
 def _group(arguments: tuple[Any, ...]) -> dist.ProcessGroup:

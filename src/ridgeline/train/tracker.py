@@ -29,7 +29,13 @@ from ridgeline.train.messages import Message, MessageAxis, message_of
 
 LOCAL = (Tensor, nn.Parameter, FakeTensor)
 SCORES = "attention_scores"
-NO_KERNEL = {"aten::empty.memory_format", "aten::new_empty", "aten::empty_like", "aten::detach"}
+NO_KERNEL = {
+    "aten::lift_fresh",
+    "aten::empty.memory_format",
+    "aten::new_empty",
+    "aten::empty_like",
+    "aten::detach",
+}
 
 
 class Work(NamedTuple):
@@ -91,7 +97,8 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs)  # on whole shapes
         out = self._without_values(func, args, kwargs) if self.fake else func(*args, **kwargs)
         self._count(func, args, kwargs, out)
-        for leaf in tree_leaves(out):
+        constant = func.name() == "aten::lift_fresh"  # a number of the program, often kept for good
+        for leaf in () if constant else tree_leaves(out):
             if type(leaf) in self.seen and leaf.device.type != "meta":
                 self.see(leaf, func)
         return out
