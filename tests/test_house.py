@@ -19,6 +19,7 @@ from torch import Tensor
 
 import ridgeline
 from ridgeline.run import Run
+from ridgeline.train.account import COUNTED
 from ridgeline.train.vocabulary import token_loss
 
 SOURCE = Path(ridgeline.__file__).parent
@@ -109,7 +110,8 @@ ALLOWED: dict[str, set[str]] = {
     "plan": FOUNDATION | {"ledger", "run", "layout", "machine", "model"},
     "data": FOUNDATION | {"run", "layout", "machine", "model"},
     "launch": FOUNDATION | {"data", "run", "layout", "machine", "model", "torch_compat"},
-    "train": FOUNDATION | {"data", "run", "layout", "machine", "model", "launch", "torch_compat"},
+    "train": FOUNDATION
+    | {"data", "run", "layout", "ledger", "machine", "model", "launch", "torch_compat"},
     "rehearse": FOUNDATION
     | {"data", "ledger", "run", "plan", "layout", "machine", "model", "train", "torch_compat"},
     "audit": FOUNDATION | {"plan", "ledger", "data", "run", "layout", "machine", "model"},
@@ -273,8 +275,8 @@ class LineCounter:
 def test_a_step_of_a_dense_model_executes_at_most_565_of_our_lines(
     tiny_run: Callable[..., Run],
 ) -> None:
-    counter = LineCounter(first_call=3)
-    run = tiny_run(layout="mb8 fp32", logging={"tensorboard": True}, budget={"steps": 5})
+    counter = LineCounter(first_call=COUNTED + 2)  # steps that are sampled do more
+    run = tiny_run(layout="mb8 fp32", logging={"tensorboard": True}, budget={"steps": COUNTED + 4})
     before = sys.gettrace()
     try:
         ridgeline.train(run, loss=counter)

@@ -21,7 +21,7 @@ from torch._C._distributed_c10d import _resolve_process_group as group_named
 
 # Tensors with shapes and no values. Private path. Tested on 2.11.0 and 2.13.0.
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, Work
 
 # FSDP2's replicate: DDP semantics on FSDP2's engine, with its mixed precision. Private path.
 # Tested on 2.11.0 and 2.13.0.
@@ -74,6 +74,7 @@ __all__ = [
     "multiplies_bf16",
     "multiplies_fp8",
     "name_of",
+    "pci_address",
     "peak_memory_bytes",
     "reduce_now",
     "replicate",
@@ -84,6 +85,7 @@ __all__ = [
     "unshard",
     "weight_half",
     "whole",
+    "work_of",
 ]
 
 
@@ -380,6 +382,16 @@ def peak_memory_bytes(device: torch.device) -> int | None:
     return torch.accelerator.max_memory_allocated()
 
 
+def pci_address(device: torch.device) -> str | None:
+    """Where an accelerator sits, as 0000:c1:00.0; None where its module does not tell."""
+    properties = torch.get_device_module(device).get_device_properties(device)
+    names = [f"pci_{part}_id" for part in ("domain", "bus", "device")]
+    if not all(hasattr(properties, name) for name in names):
+        return None
+    domain, bus, place = (getattr(properties, name) for name in names)
+    return f"{domain:04x}:{bus:02x}:{place:02x}.0"
+
+
 def name_of(device: torch.device) -> str:
     """What an accelerator calls itself, by its module's own word; empty for a CPU."""
     if device.type == "cpu":
@@ -457,3 +469,16 @@ def multiplies_fp8(device: torch.device) -> bool:
     if torch.version.hip:
         return str(module.get_device_properties(device).gcnArchName) >= "gfx94"
     return hasattr(module, "get_device_capability") and module.get_device_capability() >= (8, 9)
+
+
+def work_of(result: Any) -> Work | None:
+    """The handle that a c10d operation gives out, as a dispatch mode sees it; None: it has none.
+
+    The same object as the caller of the collective gets, while it lives. Private name. Tested on
+    2.11.0 and 2.13.0.
+    """
+    last = result[-1] if isinstance(result, tuple) else result
+    if not isinstance(last, torch.ScriptObject):
+        return None
+    work: Work = Work.unbox(last)
+    return work

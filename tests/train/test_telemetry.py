@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,14 @@ import torch
 
 from ridgeline.run import Run
 from ridgeline.train.checkpoint import Progress
-from ridgeline.train.telemetry import Clock, Observation, Recorder, drop_after, memory_bytes
+from ridgeline.train.telemetry import (
+    Clock,
+    Lost,
+    Observation,
+    Recorder,
+    drop_after,
+    memory_bytes,
+)
 
 MakeRun = Callable[..., Run]
 
@@ -84,7 +92,7 @@ def test_a_logged_step_holds_what_readers_expect(tiny_run: MakeRun) -> None:
     (row,) = rows_of(run)
     assert list(row) == [
         "step", "loss", "grad_norm", "lr", "tokens", "tokens_per_s", "mfu", "memory_bytes",
-        "step_s", "seconds",
+        "step_s", "seconds", "time",
     ]  # fmt: skip
     assert (row["step"], row["loss"], row["tokens"]) == (2, 2.5, 512)
     assert row["tokens_per_s"] * row["step_s"] == pytest.approx(256)  # two steps, 512 tokens
@@ -117,7 +125,9 @@ def test_an_evaluation_does_not_slow_the_tokens_per_second(tiny_run: MakeRun) ->
         began = opened.since[1]
         opened.held_out(Progress(step=1), 2.0, {"code": 1.5, "prose": 3.0}, 7.0)
         assert opened.since == (0, began + 7.0)
-    assert rows_of(run) == [
+    (row,) = rows_of(run)
+    assert abs(row.pop("time") - time.time()) < 3600
+    assert [row] == [
         {
             "step": 1,
             "held_out_loss": 2.0,
@@ -137,10 +147,26 @@ def test_rows_beyond_the_step_that_was_restored_are_dropped(tmp_path: Path) -> N
     ]
     torn = '{"step": 6, "lo'
     metrics.write_text("".join(json.dumps(row) + "\n" for row in rows) + torn)
-    drop_after(metrics, 4)
+    assert drop_after(metrics, 4) == Lost(1, None)
     assert [json.loads(line) for line in metrics.read_text().splitlines()] == rows[:3]
-    drop_after(tmp_path / "none.jsonl", 4)
+    assert drop_after(metrics, 4) is None
+    assert drop_after(tmp_path / "none.jsonl", 4) is None
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_what_is_lost_is_from_the_checkpoint_to_the_last_row(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    rows = [
+        {"step": 0, "event": "started", "time": 100.0},
+        {"step": 4, "loss": 3.0, "time": 110.0},
+        {"step": 4, "event": "checkpoint", "time": 111.5},
+        {"step": 5, "loss": 2.0, "time": 114.0},
+        {"step": 9, "loss": 1.0, "time": 121.5},
+    ]
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert drop_after(metrics, 4) == Lost(steps=5, seconds=10.0)
+    assert drop_after(metrics, 0) == Lost(steps=4, seconds=11.5)  # without any checkpoint
+    assert json.loads(metrics.read_text()) == rows[0]
 
 
 def test_the_clock_adds_up_phases_and_starts_again() -> None:
@@ -156,6 +182,32 @@ def test_the_clock_adds_up_phases_and_starts_again() -> None:
     assert clock.lap() >= 0
 
 
+def test_a_phase_within_a_phase_belongs_to_the_outer_one() -> None:
+    clock = Clock(spans=[])
+    with clock.phase("evaluation"), clock.phase("forward"):
+        assert clock.inside == "evaluation"
+    assert clock.inside == ""
+    assert set(clock.seconds) == {"evaluation"}
+    assert [span.phase for span in clock.spans or []] == ["evaluation"]
+
+
+def test_a_lap_leaves_out_what_lies_between_steps() -> None:
+    clock, begun = Clock(), time.perf_counter()
+    clock.lap()
+    with clock.between("checkpoint"):
+        time.sleep(0.05)
+    lap, all_of_it = clock.lap(), time.perf_counter() - begun
+    assert 0 <= lap <= all_of_it - clock.seconds["checkpoint"]
+
+
+def test_where_it_must_the_clock_waits_for_the_device_before_and_after_a_phase() -> None:
+    calls: list[str] = []
+    clock = Clock(settle=lambda: calls.append(clock.inside))
+    with clock.phase("forward"):
+        calls.append("work")
+    assert calls == ["", "work", "forward"]
+
+
 def test_memory_on_a_cpu_is_what_the_process_holds() -> None:
     held = memory_bytes(torch.device("cpu"))
     assert 2**26 < held < 2**36  # torch alone takes more than 64 MiB
@@ -167,4 +219,6 @@ def test_what_is_not_a_number_is_null_in_the_metrics(tiny_run: MakeRun) -> None:
     with recorder(run) as opened:
         opened.write({"step": 1, "held_out": {"code": float("nan"), "prose": 2.0}, "loss": 1e400})
     text = (run.path / "metrics.jsonl").read_text()
-    assert json.loads(text) == {"step": 1, "held_out": {"code": None, "prose": 2.0}, "loss": None}
+    row = json.loads(text)
+    del row["time"]
+    assert row == {"step": 1, "held_out": {"code": None, "prose": 2.0}, "loss": None}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from typing import Any
 
 from rich.console import Console
@@ -24,6 +25,7 @@ from ridgeline.layout.stages import chunks_of
 from ridgeline.layout.trainable import trainable
 from ridgeline.machine.device import device as device_named
 from ridgeline.model.decoder import Decoder
+from ridgeline.processes import process_start
 from ridgeline.run import Run
 from ridgeline.torch_compat import multiplies_fp8
 from ridgeline.train import checkpoint
@@ -68,6 +70,7 @@ def train(
     and NotLearnt after everything is saved.
     """
     launched = started_by_launcher()
+    began = process_start() if launched else time.time()
     world = int(os.environ["WORLD_SIZE"]) if launched else None
     host = this_host()
     resolved, reasons = resolve(run, host, world)
@@ -75,7 +78,7 @@ def train(
     mixture = refuse_impossible(resolved, host, world)
     # A model that can only be planned raises here, too.
     check_decoder(without_memory(decoder, resolved.model), resolved.layout)
-    arguments: tuple[Any, ...] = (resolved, decoder, loss, optimizer)
+    arguments: tuple[Any, ...] = (resolved, decoder, loss, optimizer, began)
     if launched and int(os.environ["RANK"]) != 0:
         return work(*arguments)
     processes = resolved.layout.world

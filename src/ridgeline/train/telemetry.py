@@ -6,11 +6,11 @@ import json
 import math
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -26,24 +26,57 @@ from ridgeline.train.folder import write_atomically
 from ridgeline.train.schedule import run_fraction, total_steps
 
 
+class Span(NamedTuple):
+    """One stay in a phase, by `time.perf_counter`."""
+
+    phase: str
+    start_s: float
+    end_s: float
+
+
 @dataclass
 class Clock:
     """Host seconds by phase since the last `take`.
 
-    On an accelerator kernels run behind the host, so only the sum over a step is device time.
+    On an accelerator kernels run behind the host, so only the sum over a step is device time; in
+    the few steps that are timed finely, `settle` makes the host wait for the device where a phase
+    begins and ends.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
+    inside: str = ""
+    """The phase that runs now."""
+    settle: Callable[[], None] | None = None
+    spans: list[Span] | None = None
+    """Where it is a list, each stay in a phase is noted there."""
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the time of the block to phase `name`."""
-        start = time.perf_counter()
+        """Add the time of the block to phase `name`; within another phase it is that one's."""
+        if self.inside:
+            yield
+            return
+        if self.settle:
+            self.settle()
+        start, self.inside = time.perf_counter(), name
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            if self.settle:
+                self.settle()
+            end, self.inside = time.perf_counter(), ""
+            self.seconds[name] = self.seconds.get(name, 0.0) + end - start
+            if self.spans is not None:
+                self.spans.append(Span(name, start, end))
+
+    @contextmanager
+    def between(self, name: str) -> Iterator[None]:
+        """A phase between two steps: no lap counts its time."""
+        start = time.perf_counter()
+        with self.phase(name):
+            yield
+        self.started += time.perf_counter() - start
 
     def lap(self) -> float:
         """Seconds since the last lap."""
@@ -105,8 +138,9 @@ class Recorder:
         self.write({"step": progress.step, "event": name} | fields)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one object to metrics.jsonl; what is not a finite number is null there."""
-        self.metrics.write(json.dumps(_finite(row), allow_nan=False) + "\n")
+        """Append one object, and the Unix time, to metrics.jsonl; no finite number: null there."""
+        row = _finite(row) | {"time": round(time.time(), 3)}
+        self.metrics.write(json.dumps(row, allow_nan=False) + "\n")
         self.metrics.flush()
 
     def say(self, text: str) -> None:
@@ -209,11 +243,22 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def drop_after(metrics: Path, step: int) -> None:
-    """Remove the rows of steps beyond `step`: they are of a future that a resumed run repeats."""
+class Lost(NamedTuple):
+    """What a run did beyond the checkpoint it resumes from, as far as it had written it down."""
+
+    steps: int
+    seconds: float | None
+    """From the checkpoint's row to the last one; None where a row does not say its time."""
+
+
+def drop_after(metrics: Path, step: int) -> Lost | None:
+    """Remove the rows of steps beyond `step`: they are of a future that a resumed run repeats.
+
+    Returns what is repeated; None where nothing is.
+    """
     if not metrics.exists():
-        return
-    kept = []
+        return None
+    kept, last, end = [], {}, {"step": step}
     for line in metrics.read_text(encoding="utf-8").split("\n"):
         try:
             row = json.loads(line)
@@ -221,4 +266,12 @@ def drop_after(metrics: Path, step: int) -> None:
             continue  # the torn last line of a killed run
         if row["step"] <= step:
             kept.append(line + "\n")
+            last = row
+        else:
+            end = row
     write_atomically(metrics, "".join(kept))
+    if end["step"] == step:
+        return None
+    times = last.get("time"), end.get("time")
+    seconds = times[1] - times[0] if times[0] is not None and times[1] is not None else None
+    return Lost(end["step"] - step, seconds)

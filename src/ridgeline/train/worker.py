@@ -28,6 +28,7 @@ from ridgeline.model.counts import flops_per_token
 from ridgeline.run import Run
 from ridgeline.torch_compat import HashStore, compiled_graphs, name_of
 from ridgeline.train import checkpoint
+from ridgeline.train.account import Account, held
 from ridgeline.train.build import (
     MakeDecoder,
     MakeOptimizer,
@@ -60,9 +61,14 @@ def work(
     decoder: MakeDecoder,
     loss: LossFunction,
     make_optimizer: MakeOptimizer,
+    began: float,
     stop: StopFlag | None = None,
 ) -> Outcome:
-    """Train `run`, resolved, as the rank that the environment says this process is."""
+    """Train `run`, resolved, as the rank that the environment says this process is.
+
+    `began`: Unix time since which the command, or this process, runs.
+    """
+    before = held()
     stop = stop or threading.Event()
     # The fork server loaded torch with threads for all cores; each worker takes its share.
     torch.set_num_threads(threads_per_process(local_processes()))
@@ -71,8 +77,9 @@ def work(
         progress = _resume(job, control)
         recorder = None
         if job.mesh.rank == 0:
-            recorder = _recorder(job, without_memory(decoder, run.model), progress)
-        keeper = Keeper(job, control, recorder)
+            recorder = _recorder(job, without_memory(decoder, run.model), progress, began)
+        account = Account(job, control, peak_flops(run, device), progress, before)
+        keeper = Keeper(job, control, recorder, account)
         return keeper.run(progress)
 
 
@@ -137,10 +144,10 @@ def peak_flops(run: Run, device: torch.device) -> float | None:
     return known.peak_flops.get(run.layout.precision) if known else None
 
 
-def _recorder(job: Job, whole: nn.Module, progress: Progress) -> Recorder:
-    """Rank 0's recorder, after saying what is trained and what was restored."""
+def _recorder(job: Job, whole: nn.Module, progress: Progress, began: float) -> Recorder:
+    """Rank 0's recorder, after saying what is trained, what was lost and what was restored."""
     run, device = job.run, job.mesh.device
-    drop_after(run.path / "metrics.jsonl", progress.step)
+    lost = drop_after(run.path / "metrics.jsonl", progress.step)
     flops = flops_per_token(run.model, run.sequence, "causal").total
     recorder = Recorder(run, device, flops, peak_flops(run, device))
     baselines = baselines_of(run, job.mixture)
@@ -152,9 +159,12 @@ def _recorder(job: Job, whole: nn.Module, progress: Progress) -> Recorder:
         if isinstance(part, nn.Embedding) or name == "head"
     ]
     embedding = sum(p.numel() for p in {p for part in ends for p in part.parameters()})
+    if lost:
+        recorder.event(progress, "lost", lost_steps=lost.steps, lost_s=lost.seconds)
     recorder.event(
         progress,
         "resumed" if progress.step else "started",
+        start_s=time.time() - began,
         total_steps=total_steps(run),
         model=run.model.name,
         parameters=parameters,
@@ -176,9 +186,14 @@ class Keeper:
     """What happens around the steps of one rank: logging, evaluation, checkpoints, the verdict."""
 
     def __init__(
-        self, job: Job, group: dist.ProcessGroup | None, recorder: Recorder | None
+        self,
+        job: Job,
+        group: dist.ProcessGroup | None,
+        recorder: Recorder | None,
+        account: Account,
     ) -> None:
         self.job = job
+        self.account = account
         self.group = group
         self.recorder = recorder
         self.held_out: float | None = None
@@ -188,6 +203,7 @@ class Keeper:
         """Train to the end or to a stop."""
         if self.recorder:
             self.recorder.start(progress)
+        self.job.clock.lap()
         try:
             before = progress.step
             progress, complete = train_loop(self.job, progress, self.observe, self.after_step)
@@ -196,19 +212,23 @@ class Keeper:
             if self.recorder:
                 self.recorder.event(progress, "finished" if complete else "interrupted")
         finally:
+            self.account.close()
             if self.recorder:
                 self.recorder.close()
         return Outcome(self.job.mesh.rank, complete, progress.step, progress.tokens, self.held_out)
 
     def observe(self, seen: Observation) -> None:
         """Log the step when it is due; the only place where a step waits for its own numbers."""
+        self.account.observe(seen.progress)
         step = seen.progress.step
         last = step == total_steps(self.job.run)
         if step % self.job.run.logging.every_steps and step != 1 and not last:
             return
         loss = float(seen.loss)
-        seconds = self.job.clock.take()
-        if self.recorder:
+        seconds = self.account.take_logged()
+        if not self.recorder:
+            return
+        with self.job.clock.phase("logging"):
             self.recorder.step(seen, loss, seconds)
             if self.job.layout.compile and not self.told_graphs:
                 self.told_graphs = True
@@ -220,30 +240,40 @@ class Keeper:
         """Evaluate and save when due; one who asked to stop waits for the checkpoint only."""
         run = self.job.run
         evaluation, saving = run.evaluation.every_steps, run.checkpoint.every_steps
-        if complete or (evaluation and progress.step % evaluation == 0 and not stop):
+        evaluated = complete or (evaluation and progress.step % evaluation == 0 and not stop)
+        saved = complete or stop or (saving and progress.step % saving == 0)
+        if evaluated:
             self.evaluate(progress)
-        if complete or stop or (saving and progress.step % saving == 0):
-            with self.job.clock.phase("checkpoint"):
-                self.save(progress)
-        self.job.clock.lap()  # elapsed_s counts steps, not what lies between them
+        if saved:
+            self.save(progress)
+        with self.job.clock.phase("logging"):
+            if evaluated or saved or self.account.just_sampled:
+                self.account.write(progress)
+            if not (complete or stop):
+                self.account.prepare()
 
     def evaluate(self, progress: Progress) -> None:
         """Held-out loss of the mixture: the mean of its corpora by weight."""
         start = time.perf_counter()
-        losses = held_out_losses(self.job)
+        with self.job.clock.between("evaluation"):
+            losses = held_out_losses(self.job)
         weights = {corpus.name: corpus.weight for corpus in self.job.mixture.corpora}
         mean = sum(losses[name] * weight for name, weight in weights.items())
         self.held_out = mean / sum(weights.values())
         if self.recorder:
             seconds = time.perf_counter() - start
-            self.recorder.held_out(progress, self.held_out, losses, seconds)
+            with self.job.clock.phase("logging"):
+                self.recorder.held_out(progress, self.held_out, losses, seconds)
 
     def save(self, progress: Progress) -> None:
         """Save a checkpoint of all ranks and drop old ones."""
         folder = checkpoints_of(self.job.run.path)
-        job = self.job
-        tensors = checkpoint.tensors_of(job.chunks, job.optimizer, job.loss_scale)
-        path = checkpoint.save(folder, tensors, progress, self.group)
+        job, start = self.job, time.perf_counter()
+        with job.clock.between("checkpoint"):
+            tensors = checkpoint.tensors_of(job.chunks, job.optimizer, job.loss_scale)
+            path = checkpoint.save(folder, tensors, progress, self.group)
+            if self.recorder:
+                checkpoint.keep_newest(folder, job.run.checkpoint.keep)
         if self.recorder:
-            checkpoint.keep_newest(folder, self.job.run.checkpoint.keep)
-            self.recorder.event(progress, "checkpoint", path=path.name)
+            seconds = time.perf_counter() - start
+            self.recorder.event(progress, "checkpoint", path=path.name, seconds=seconds)
