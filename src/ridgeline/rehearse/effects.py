@@ -9,12 +9,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 from ridgeline.layout.schedules import Action
 from ridgeline.layout.transfers import Step
-from ridgeline.train.messages import Message
 from ridgeline.train.tracker import Mark, Tracker
 
 
@@ -119,17 +117,11 @@ class Effect:
     """By kind of module, attention counted causally."""
     again: float
     """FLOPs among them that backward does a second time."""
-    messages: tuple[Message, ...]
-    kernels: int
-
-    @cached_property
-    def by_axis(self) -> tuple[tuple[str, int, float], ...]:
-        """(axis, calls, bytes sent) of its messages."""
-        calls: Counter[str] = Counter(message.axis for message in self.messages)
-        return tuple(
-            (axis, count, sum(m.sent_bytes for m in self.messages if m.axis == axis))
-            for axis, count in calls.items()
-        )
+    calls: Mapping[str, float]
+    """Messages by axis."""
+    sent_bytes: Mapping[str, float]
+    """By axis."""
+    kernels: float
 
 
 def effect_between(tracker: Tracker, start: Mark, end: Mark, shared: set[int]) -> Effect:
@@ -148,12 +140,18 @@ def effect_between(tracker: Tracker, start: Mark, end: Mark, shared: set[int]) -
     flops: Counter[str] = Counter()
     for work in tracker.work[start.work : end.work]:
         flops[work.kind] += work.flops  # type: ignore[assignment]
+    calls: Counter[str] = Counter()
+    sent: Counter[str] = Counter()
+    for message in tracker.messages[start.messages : end.messages]:
+        calls[message.axis] += 1
+        sent[message.axis] += message.sent_bytes  # type: ignore[assignment]
     return Effect(
         net={owner: more for owner, more in now.items() if more},
         peak_bytes=most,
         at_peak=at_peak,
         flops=dict(flops),
         again=sum(work.flops for work in tracker.work[start.work : end.work] if work.again),
-        messages=tuple(tracker.messages[start.messages : end.messages]),
+        calls=calls,
+        sent_bytes=sent,
         kernels=end.kernels - start.kernels,
     )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import resource
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -21,6 +23,7 @@ from ridgeline.model.decoder import Decoder
 from ridgeline.plan.memory import framework_bytes
 from ridgeline.plan.plan import plan_run
 from ridgeline.plan.question import Question, capacity, question_of_run, usable
+from ridgeline.rehearse.deep import DEEP, TRACED, extrapolated
 from ridgeline.rehearse.effects import contexts
 from ridgeline.rehearse.findings import findings_of
 from ridgeline.rehearse.replay import Moment, Replay, replay
@@ -138,7 +141,7 @@ def rehearse(
         ledger=ledger_of(stages),
         traced=f"{traces.count} of {len(every)} stages traced, by up to "
         f"{max(each.micro_batches for each in known)} of {micro_batches_of(run, layout)} "
-        "micro-batches; the rest put together from their actions",
+        "micro-batches; the rest put together from their actions" + traces.deep,
         seconds=time.perf_counter() - started,
         rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
@@ -154,6 +157,7 @@ class _Traces:
         self.cuts = chunks_of(layout, run.model, run.sequence)
         self.by_kind: dict[object, Trace] = {}
         self.count = 0
+        self.deep = ""
 
     def of(self, place: int, rank: int, steps: Sequence[Step]) -> Trace:
         """A trace that shows every context of `steps`."""
@@ -162,11 +166,23 @@ class _Traces:
         wanted = {context for _, context in contexts(steps)}
         if known is None or not wanted <= known.effects.keys():
             self.count += 1
-            new = trace(self.run, self.program, rank, steps)
+            new = self._trace(place, rank, steps)
             if known is not None:
                 new = replace(new, effects={**known.effects, **new.effects})
             self.by_kind[kind] = new
         return self.by_kind[kind]
+
+    def _trace(self, place: int, rank: int, steps: Sequence[Step]) -> Trace:
+        """A stage of few layers whole; of one chunk with many, some of them."""
+        traced = partial(trace, self.run, self.program, rank, steps)
+        (deepest, *others) = sorted(self._chunks(place), key=lambda chunk: -len(chunk.layers))
+        layers = Counter(self._routed(deepest)).most_common(1)[0][1]
+        if not others and layers >= DEEP:
+            found = extrapolated(layers, traced)
+            if found is not None:
+                self.deep = f"; {TRACED[-1]} of {layers} layers of a stage traced"
+                return found
+        return traced()
 
     def layers(self, place: int) -> int:
         """Layers of the model that lie on a stage."""
@@ -177,8 +193,10 @@ class _Traces:
         return [chunk for chunk in self.cuts if ranks[chunk.index] == place]
 
     def _kind(self, chunk: Chunk) -> object:
-        routed = tuple(self.run.model.experts_at(layer) is not None for layer in chunk.layers)
-        return chunk.first, chunk.last, routed
+        return chunk.first, chunk.last, self._routed(chunk)
+
+    def _routed(self, chunk: Chunk) -> tuple[bool, ...]:
+        return tuple(self.run.model.experts_at(layer) is not None for layer in chunk.layers)
 
 
 def micro_batches_of(run: Run, layout: Layout) -> int:
@@ -232,9 +250,9 @@ def _stage(place: int, rank: int, done: Replay, seen: Trace, layers: int) -> Sta
         flops=sum(sums.flops.values()),
         flops_by_module=dict(sums.flops),
         flops_again=sums.again,
-        calls=dict(sums.calls),
+        calls={axis: round(count) for axis, count in sums.calls.items()},
         sent_bytes=dict(sums.sent_bytes),
-        kernels=sums.kernels,
+        kernels=round(sums.kernels),
         timeline=done.timeline,
         largest=seen.largest,
     )
