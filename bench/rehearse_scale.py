@@ -13,13 +13,14 @@ import subprocess
 import sys
 from typing import Any
 
+FULL = "mb1 zero1 full fp16"
 LARGE = [
-    # name, model, layout, sequence, sequences per step, cluster, layers
-    ("1T on 3,072", "frontier-1t", "dp6 tp8 pp64 mb1 zero1 full fp16", 2048, 9600, "MI250X-GCD"),
-    ("1T on 98,304", "frontier-1t", "dp192 tp8 pp64 mb1 zero1 full fp16", 2048, 307_200, "MI250X-GCD"),
-    ("175B on 1,024", "frontier-175b", "dp16 tp4 pp16 mb1 zero1 full fp16", 2048, 10_240, "MI250X-GCD"),
-    ("405B on 16,384", "llama3.1-405b", "dp128 tp8 pp16 mb1 zero1 bf16", 8192, 2048, "H100-SXM-80GB"),
-]  # fmt: skip
+    # name, model, layout, sequence, sequences per step, device
+    ("1T on 3,072", "frontier-1t", f"dp6 tp8 pp64 {FULL}", 2048, 9600, "MI250X-GCD"),
+    ("1T on 98,304", "frontier-1t", f"dp192 tp8 pp64 {FULL}", 2048, 307_200, "MI250X-GCD"),
+    ("175B on 1,024", "frontier-175b", f"dp16 tp4 pp16 {FULL}", 2048, 10_240, "MI250X-GCD"),
+    ("405B on 16,384", "llama3.1-405b", "dp128 tp8 pp16 zero1", 8192, 2048, "H100-SXM-80GB"),
+]
 RANKS = [(f"1T, dp{dp}", dp) for dp in (1, 6, 24, 96, 384)]
 LAYERS = (4, 8, 16, 32, 64, 128)
 
