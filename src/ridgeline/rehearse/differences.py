@@ -28,15 +28,6 @@ def differences_of(found: Rehearsal) -> list[Difference]:
     """Those that matter to a run."""
     run, layout = found.run, found.layout
     rows = []
-    if run.model.norm == "rmsnorm" or run.model.qk_norm:
-        rows.append(
-            Difference(
-                "RMSNorm",
-                "PyTorch's parts, in the order of a CPU",
-                "one fused kernel that keeps its input and a number per row",
-                "PyTorch 2.13, aten/src/ATen/native/layer_norm.cpp",
-            )
-        )
     rows.append(
         Difference(
             "attention",
