@@ -19,6 +19,7 @@ from ridgeline.layout.grid import expert_sizes, shard_sizes
 from ridgeline.layout.layout import Layout
 from ridgeline.layout.schedules import PipelineSchedule, schedule_of
 from ridgeline.layout.stages import Chunk, chunks_of
+from ridgeline.layout.transfers import MOST_LEAVING, Step, with_transfers
 from ridgeline.model.counts import layer_flops
 from ridgeline.model.shape import ExpertShape, ModelShape
 
@@ -110,6 +111,18 @@ class Program:
     def cuts(self) -> tuple[Chunk, ...]:
         """The chunks of the pipeline."""
         return chunks_of(self.layout, self.shape, self.sequence)
+
+    @cached_property
+    def counted(self) -> int:
+        """Micro-batches after which a step only repeats itself; all of them where that is less."""
+        most = 4 * self.layout.pipeline * self.layout.interleave + MOST_LEAVING
+        most += -most % self.layout.pipeline
+        return self.micro_batches if self.layout.schedule == "gpipe" else min(most, self.micro_batches)
+
+    @cached_property
+    def steps(self) -> tuple[tuple[Step, ...], ...]:
+        """What each rank of the pipeline does with so many micro-batches, messages included."""
+        return with_transfers(schedule_of(self.layout, self.counted))
 
     def chunks(self, stage: int) -> list[Chunk]:
         """Those of one stage."""
