@@ -123,9 +123,7 @@ def differences(planned: Ledger, rehearsed: Ledger) -> dict[str, float]:
         )
         for part in PARTS
     }
-    memory["memory all"] = share(
-        sum(getattr(ours, f"{part}_bytes") for part in PARTS), tensors
-    )
+    memory["memory all"] = share(sum(getattr(ours, f"{part}_bytes") for part in PARTS), tensors)
     sent = {
         f"sent {axis}": share(
             getattr(planned.sent, f"{axis}_bytes"), getattr(rehearsed.sent, f"{axis}_bytes")

@@ -11,13 +11,13 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from ridgeline.layout.context import ContextKind, kind_of
 from ridgeline.layout.grid import expert_sizes, shard_sizes
-from ridgeline.layout.layout import Layout
-from ridgeline.layout.schedules import PipelineSchedule, schedule_of
+from ridgeline.layout.layout import Layout, Schedule
+from ridgeline.layout.schedules import schedule_of
 from ridgeline.layout.stages import Chunk, chunks_of
 from ridgeline.layout.transfers import MOST_LEAVING, Step, with_transfers
 from ridgeline.model.counts import layer_flops
@@ -68,6 +68,14 @@ class Unit(NamedTuple):
         return sum(weight.padded(self.shards) for weight in self.weights)
 
 
+@lru_cache(maxsize=64)
+def _steps(
+    schedule: Schedule, pipeline: int, interleave: int, micro_batches: int
+) -> tuple[tuple[Step, ...], ...]:
+    layout = Layout(schedule=schedule, pipeline=pipeline, interleave=interleave)
+    return with_transfers(schedule_of(layout, micro_batches))
+
+
 def ring(size: float, ranks: int) -> float:
     """Bytes that each rank sends to gather, scatter or exchange `size` bytes over `ranks`."""
     return size * (ranks - 1) / ranks
@@ -103,9 +111,9 @@ class Program:
         return kind_of(self.layout, self.shape) if self.layout.context > 1 else None
 
     @cached_property
-    def schedule(self) -> PipelineSchedule:
-        """Which rank does what, and when."""
-        return schedule_of(self.layout, self.micro_batches)
+    def rank_of_chunk(self) -> tuple[int, ...]:
+        """The pipeline rank of each chunk, along the model."""
+        return schedule_of(self.layout, 1).rank_of_chunk
 
     @cached_property
     def cuts(self) -> tuple[Chunk, ...]:
@@ -115,18 +123,20 @@ class Program:
     @cached_property
     def counted(self) -> int:
         """Micro-batches after which a step only repeats itself; all of them where that is less."""
-        most = 4 * self.layout.pipeline * self.layout.interleave + MOST_LEAVING
-        most += -most % self.layout.pipeline
-        return self.micro_batches if self.layout.schedule == "gpipe" else min(most, self.micro_batches)
+        stages = self.layout.pipeline
+        most = 3 * stages + -(-MOST_LEAVING // stages) * stages
+        repeats = self.layout.schedule != "gpipe" and self.micro_batches > most
+        return most if repeats else self.micro_batches
 
     @cached_property
     def steps(self) -> tuple[tuple[Step, ...], ...]:
         """What each rank of the pipeline does with so many micro-batches, messages included."""
-        return with_transfers(schedule_of(self.layout, self.counted))
+        layout = self.layout
+        return _steps(layout.schedule, layout.pipeline, layout.interleave, self.counted)
 
     def chunks(self, stage: int) -> list[Chunk]:
         """Those of one stage."""
-        return [c for c in self.cuts if self.schedule.rank_of_chunk[c.index] == stage]
+        return [c for c in self.cuts if self.rank_of_chunk[c.index] == stage]
 
     def attention_widths(self) -> tuple[float, float]:
         """Features of the queries, and of the keys, of one tensor rank."""
@@ -328,7 +338,7 @@ def _ends(program: Program, chunk: Chunk, found: Counter[str]) -> None:
 
 def _between_stages(program: Program, stage: int) -> float:
     """Hidden states and their gradients, and a tied embedding's gradient once."""
-    layout, ranks = program.layout, program.schedule.rank_of_chunk
+    layout, ranks = program.layout, program.rank_of_chunk
     hidden = program.width * program.rows * program.shape.hidden / layout.tensor
     sends = sum(
         0 <= other < len(ranks) and ranks[other] != stage

@@ -1,19 +1,18 @@
-"""Memory of every stage of one layout, by what Ridgeline's own program holds at its fullest moment.
+"""Memory of one chunk of a layout: what Ridgeline's own program keeps, and a backward pass takes.
 
-A block's backward pass is written down as the order in which its tensors come and go; the moments
-between, those of the loss and those of the data-parallel engine's reductions are all tried, for
-each backward of the schedule, with what the micro-batches in flight keep.
+A block's backward pass is written down as the order in which its tensors come and go; of all
+moments between, of the loss and of the data-parallel engine's reductions the fullest counts.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from ridgeline.layout.stages import Chunk
-from ridgeline.layout.transfers import MOST_LEAVING, Transfer
-from ridgeline.plan.program import REDUCED, Program, Unit, Weight
+from ridgeline.plan.program import REDUCED, Program, Unit
 from ridgeline.plan.quantities import LOSS_CHUNK_TOKENS
 
 WIDE = 4.0
@@ -103,8 +102,8 @@ def block_of(program: Program, layer: int) -> Block:
     rotated = shape.positions == "rope"
     before = ("q0", "k0") if rotated or shape.qk_norm else ()
     sizes |= {"q0": sizes["q"], "k0": sizes["k"]}
-    wide = 2 * width if width < WIDE else 2 * width
-    sizes["turn"] = (wide + 3 * width if width < WIDE else 2 * width) * rows * queries
+    # a gradient turned back, and its float32 copies where it has fewer digits
+    sizes["turn"] = (5 if width < WIDE else 2) * width * rows * queries
     units = tuple(program.units(layer))
     for weight in (each for unit in units for each in unit.weights):
         sizes[f"W_{weight.name}"] = width * weight.size
@@ -206,162 +205,93 @@ def _experts(
     return kept, ("router",), script
 
 
-def stage_peaks(program: Program) -> list[Counter[str]]:
-    """Bytes by component at the fullest moment of every stage, first to last."""
-    return [_Stage(program, stage).fullest() for stage in range(program.layout.pipeline)]
+class Work:
+    """One chunk: what it holds, and what a backward pass of it takes beside."""
 
+    def __init__(self, program: Program, chunk: Chunk) -> None:
+        self.program, self.chunk = program, chunk
+        self.root = program.root(chunk)
+        experts = program.shape.experts_at
+        kinds = {experts(layer) is not None: layer for layer in chunk.layers}
+        known = {kind: block_of(program, layer) for kind, layer in kinds.items()}
+        self.blocks = [known[experts(layer) is not None] for layer in chunk.layers]
+        self.units = [self.root, *(unit for block in self.blocks for unit in block.units)]
+        self.residual = program.width * program.rows * program.shape.hidden / program.layout.tensor
+        self.logits = program.width * program.rows * program.shape.vocab / program.layout.tensor
+        self._passes: dict[tuple[str, bool, bool], Counter[str]] = {}
 
-class _Stage:
-    """One rank of a pipeline."""
-
-    def __init__(self, program: Program, stage: int) -> None:
-        self.program, self.stage = program, stage
-        self.chunks = program.chunks(stage)
-        self.roots = {chunk.index: program.root(chunk) for chunk in self.chunks}
-        # blocks of one kind are one
-        kinds = {program.shape.experts_at(layer) is not None: layer
-                 for chunk in self.chunks for layer in chunk.layers}  # fmt: skip
-        self.kinds = {kind: block_of(program, layer) for kind, layer in kinds.items()}
-        self.units = [
-            unit
-            for chunk in self.chunks
-            for unit in (
-                self.roots[chunk.index],
-                *(unit for block in self.blocks(chunk) for unit in block.units),
-            )
-        ]
-
-    def blocks(self, chunk: Chunk) -> list[Block]:
-        """Of a chunk, in their order."""
-        experts = self.program.shape.experts_at
-        return [self.kinds[experts(layer) is not None] for layer in chunk.layers]
-
-    def fullest(self) -> Counter[str]:
-        """Of all backward passes."""
-        program, zero = self.program, self.program.layout.zero
-        held = Held()
+    @cached_property
+    def resting(self) -> Counter[str]:
+        """Bytes of parameters, as they rest and as they are gathered, with the moments."""
         own = sum(unit.padded / unit.shards for unit in self.units)
-        held.hold("optimizer", (1 + MOMENTS) * WIDE * own)
-        if zero < 3:
-            held.hold("weights", program.width * sum(unit.size for unit in self.units))
-        in_flight: Counter[int] = Counter()
-        done: Counter[int] = Counter()
-        halves: Counter[int] = Counter()
-        chunks = {chunk.index: chunk for chunk in self.chunks}
-        seen = set()
-        handed = _Handed()
-        for step in self.program.steps[self.stage]:
-            if isinstance(step, Transfer):
-                handed.transfer(step)
-                continue
-            kind, index, micro_batch = step
-            if kind == "F":
-                in_flight[index] += 1
-                handed.arrived.discard(("F", index, micro_batch))
-                continue
-            # tokens have no gradient: of chunk 0, the weights' half does it all
-            if kind == ("W" if index == 0 and kind != "B" else kind) != ("W" if index else "I"):
-                handed.arrived.discard(("B", index, micro_batch))
-                last = done[index] + 1 == self.program.counted
-                beside = handed.beside()
-                counts = tuple(sorted(in_flight.items())), tuple(sorted(halves.items()))
-                state = (kind, index, counts, min(done[index], 1), last, beside)
-                if state not in seen:
-                    seen.add(state)
-                    start = held.now.copy()
-                    self._beside(held, chunks, in_flight, done, halves, beside)
-                    self._backward(held, chunks[index], kind, done[index], last)
-                    held.now = start
-                    held.names.clear()
-            halves[index] += {"I": 1, "W": -1}.get(kind, 0) * (index > 0)
-            if kind in "BW":
-                in_flight[index] -= 1
-                done[index] += 1
-                handed.done.add((index, micro_batch))
-        return held.most
+        held = Counter({"optimizer": (1 + MOMENTS) * WIDE * own})
+        if self.program.layout.zero < 3:
+            held["weights"] = self.program.width * sum(unit.size for unit in self.units)
+        return held  # type: ignore[return-value]
 
-    def kept(self, chunk: Chunk) -> float:
-        """Bytes that a micro-batch keeps on a chunk."""
-        program, shape = self.program, self.program.shape
-        residual = program.width * program.rows * shape.hidden / program.layout.tensor
-        size = sum(block.kept_bytes for block in self.blocks(chunk))
-        if shape.positions == "rope":
-            size += 2 * WIDE * program.rows / program.layout.micro_batch * shape.head_dim
-        if chunk.last:
-            size += residual + residual * program.layout.tensor + self._logits()
-        elif program.schedule.rank_of_chunk[chunk.index + 1] != self.stage:
-            size += residual  # what it hands on
-        return size
+    @cached_property
+    def gradients(self) -> float:
+        """Bytes of gradients, once there are any."""
+        sharded = self.program.layout.zero >= 2
+        return REDUCED * sum(unit.padded / (unit.shards if sharded else 1) for unit in self.units)
 
-    def _logits(self) -> float:
+    @cached_property
+    def kept(self) -> float:
+        """Bytes that a micro-batch keeps from forward to backward."""
         program = self.program
-        return program.width * program.rows * program.shape.vocab / program.layout.tensor
-
-    def _beside(
-        self, held: Held, chunks: Mapping[int, Chunk], in_flight: Counter[int],
-        done: Counter[int], halves: Counter[int], beside: tuple[int, int],
-    ) -> None:  # fmt: skip
-        """What is held when a backward pass begins."""
-        program, zero = self.program, self.program.layout.zero
-        hidden = program.width * program.rows * program.shape.hidden / program.layout.tensor
-        held.hold("activations", beside[0] * hidden)
-        held.hold("temporary", beside[1] * hidden)
-        for other, count in in_flight.items():
-            held.hold("activations", count * self.kept(chunks[other]))
-        for other, count in halves.items():
-            chunk = chunks[other]
-            held.hold("activations", -count * chunk.last * self._logits())
-            held.hold("temporary", count * self._half(chunk))
-        for other, count in done.items():
-            if count:
-                for unit in self._units(chunks[other]):
-                    share = unit.shards if zero >= 2 else 1
-                    held.hold("gradients", REDUCED * unit.padded / share)
-
-    def _half(self, chunk: Chunk) -> float:
-        """Bytes that the input's half of a backward pass leaves for the weights' half."""
-        size = sum(block.half_bytes for block in self.blocks(chunk))
-        if chunk.last:
-            residual = self.program.width * self.program.rows * self.program.shape.hidden
-            size += self._logits() + residual / self.program.layout.tensor
+        size = sum(block.kept_bytes for block in self.blocks)
+        if program.shape.positions == "rope":
+            tokens = program.rows / program.layout.micro_batch
+            size += 2 * WIDE * tokens * program.shape.head_dim
+        if self.chunk.last:
+            size += self.residual * (1 + program.layout.tensor) + self.logits
         return size
 
-    def _backward(self, held: Held, chunk: Chunk, kind: str, done: int, last: bool) -> None:
-        """A backward pass of one micro-batch."""
-        zero, halved = self.program.layout.zero, kind == "I"
-        reduces = (zero >= 2 or last) and not halved
-        pass_ = _Pass(self.program, held, reduces, done > 0, last, halved)
-        if zero >= 2 and done:
-            pass_.waiting = REDUCED * self.roots[chunk.index].padded  # of the micro-batch before
-            held.hold("temporary", pass_.waiting)
-        self._head(pass_, chunk)
-        blocks = self.blocks(chunk)
-        for place in reversed(range(len(blocks))):
-            pass_.block(blocks[place], blocks[place - 1] if place else None)
-        if not halved:
-            self._embedding(pass_, chunk)
+    @cached_property
+    def halved(self) -> Counter[str]:
+        """Bytes more between the two halves of a backward pass."""
+        size = sum(block.half_bytes for block in self.blocks)
+        last = self.chunk.last
+        return Counter(  # type: ignore[return-value]
+            activations=-self.logits * last, temporary=size + (self.logits + self.residual) * last
+        )
 
-    def _units(self, chunk: Chunk) -> Iterator[Unit]:
-        yield self.roots[chunk.index]
-        for block in self.blocks(chunk):
-            yield from block.units
+    def backward(self, kind: str, more: bool, last: bool) -> Counter[str]:
+        """Bytes more at the fullest moment of a backward pass, or of its half for the input (I).
 
-    def _head(self, pass_: _Pass, chunk: Chunk) -> None:
+        `more`: earlier micro-batches left gradients; `last`: no later one follows.
+        """
+        key = (kind, more, last)
+        if key not in self._passes:
+            zero, halved, held = self.program.layout.zero, kind == "I", Held()
+            reduces = (zero >= 2 or last) and not halved
+            pass_ = _Pass(self.program, held, reduces, more, last, halved)
+            if zero >= 2 and more:
+                pass_.waiting = REDUCED * self.root.padded  # of the micro-batch before
+                held.hold("temporary", pass_.waiting)
+            self._head(pass_)
+            for place in reversed(range(len(self.blocks))):
+                pass_.block(self.blocks[place], self.blocks[place - 1] if place else None)
+            if not halved:
+                self._embedding(pass_)
+            self._passes[key] = held.most
+        return self._passes[key]
+
+    def _head(self, pass_: _Pass) -> None:
         """The loss, in chunks of float32, and the product behind it."""
         program, held, zero = self.program, pass_.held, self.program.layout.zero
-        residual = program.width * program.rows * program.shape.hidden / program.layout.tensor
-        root = self.roots[chunk.index]
+        residual, root, chunk = self.residual, self.root, self.chunk
         sizes = {"dx": residual, "root": program.width * root.size}
         if chunk.last:
             vocab = program.shape.vocab / program.layout.tensor
             rows = program.rows
             part = WIDE * min(rows, LOSS_CHUNK_TOKENS) * vocab
             copies = (rows > LOSS_CHUNK_TOKENS) + (1 if program.width == WIDE else 2)
-            sizes |= {"dl": self._logits(), "part": copies * part}
+            sizes |= {"dl": self.logits, "part": copies * part}
             sizes |= {"W_head": program.width * vocab * program.shape.hidden}
             sizes |= {"g": residual * program.layout.tensor}
             held.follow("+dl +part -part", sizes)
-            held.hold("activations", -self._logits())
+            held.hold("activations", -self.logits)
             held.follow("+root" if zero == 3 else "", sizes)
             if pass_.halved:
                 held.follow("+g +E +dx -g", sizes | {"E": residual})
@@ -372,9 +302,9 @@ class _Stage:
         else:
             held.follow("+dx" + (" +root" if zero == 3 else ""), sizes)
 
-    def _embedding(self, pass_: _Pass, chunk: Chunk) -> None:
+    def _embedding(self, pass_: _Pass) -> None:
         """What lies in no block: its gradients, and their reduction."""
-        program, held, root = self.program, pass_.held, self.roots[chunk.index]
+        program, held, chunk = self.program, pass_.held, self.chunk
         if chunk.first:
             vocab = program.shape.vocab / program.layout.tensor
             gathered = program.width * program.rows * program.shape.hidden
@@ -384,35 +314,7 @@ class _Stage:
                 held.follow("+W_tied -W_head -W_embedding", {"W_tied": sizes["W_embedding"]})
                 held.names["W_embedding"] = held.names.pop("W_tied")
         held.follow("-root", {})
-        pass_.reduce(root)
-
-
-class _Handed:
-    """What lies between stages: hidden states and gradients that came early or are leaving."""
-
-    def __init__(self) -> None:
-        self.arrived: set[tuple[str, int, int]] = set()
-        self.leaving: list[tuple[str, int, int]] = []
-        self.done: set[tuple[int, int]] = set()
-
-    def transfer(self, step: Transfer) -> None:
-        """A message starts; those that left long ago are let go."""
-        del self.leaving[: max(0, len(self.leaving) - MOST_LEAVING)]
-        key = (step.what, step.chunk, step.micro_batch)
-        if step.kind == "send":
-            self.leaving.append(key)
-        else:
-            self.arrived.add(key)
-
-    def beside(self) -> tuple[int, int]:
-        """Hidden states, and gradients, that no micro-batch in flight keeps anyway."""
-        states = sum(what == "F" for what, _, _ in self.arrived)
-        states += sum(
-            what == "F" and (chunk - 1, micro_batch) in self.done
-            for what, chunk, micro_batch in self.leaving
-        )
-        gradients = [what for what, _, _ in (*self.arrived, *self.leaving) if what == "B"]
-        return states, len(gradients)
+        pass_.reduce(self.root)
 
 
 class _Pass:
