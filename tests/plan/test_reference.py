@@ -198,7 +198,7 @@ class Plain:
         gates, inner = t["mlp_matrices"] - 1, 2 * rows * t["ffn"] / layout.tensor
         messages = 4 * 2 * rows * t["hidden"] * (layout.tensor > 1)
         whole = 4 * hidden + queries + out + 4 * rows * t["heads"] / layout.tensor
-        whole += (gates + 1) * inner + 2 * hidden * (layout.tensor - 1)
+        whole += 2 * gates * inner + 2 * hidden * (layout.tensor - 1)
         some = 3 * hidden + queries + gates * inner + messages
         kept = {"none": whole, "selective": some, "full": hidden}[layout.recompute]
         live = max(whole - kept, 0) + 2 * gates * inner + 2 * hidden

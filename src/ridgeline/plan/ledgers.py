@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from ridgeline.ledger import Ledger, SentBytes, StepSeconds
 from ridgeline.ledger import Memory as StageMemory
 from ridgeline.plan.memory import Memory
-from ridgeline.plan.sent import Sent
 from ridgeline.plan.step import Step
 
 CAUSES = (
@@ -46,13 +47,13 @@ SOURCES = {
 
 def ledger_of(
     steps: Step,
-    sending: Sent,
+    sending: Mapping[str, float],
     stages: Memory,
     row: int,
     flops_per_device: float,
     **known: float | str | None,
 ) -> Ledger:
-    """The predicted ledger of one layout: row `row` of the tables, and `stages` first to last.
+    """The predicted ledger of one layout: row `row` of `steps`, and `stages` first to last.
 
     `known`: further terms of the ledger, such as `mfu`.
     """
@@ -68,9 +69,7 @@ def ledger_of(
             "witness": "plan",
             "memory": memory,
             "seconds": StepSeconds(total_s=float(steps.total[row]), **seconds),
-            "sent": SentBytes(
-                **{f"{name}_bytes": float(getattr(sending, name)[row]) for name in AXES}
-            ),
+            "sent": SentBytes(**{f"{name}_bytes": sending[name] for name in AXES}),
             "flops_per_device": flops_per_device,
             "sources": SOURCES,
             **known,

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ridgeline.plan.program import Program
+from ridgeline.plan.program_stages import stage_peaks
 from ridgeline.plan.quantities import (
     LOSS_CHUNK_TOKENS,
     SCHEDULES,
@@ -22,6 +24,7 @@ from ridgeline.plan.quantities import (
 )
 from ridgeline.plan.step import embedding_parameters, layer_parameters, shard_groups
 
+COMPONENTS = ("weights", "gradients", "optimizer", "activations", "temporary")
 FRAMEWORK_BYTES = 2.0 * 2**30
 """Device context, communicators and libraries, which no allocator reports (assumed)."""
 FRAGMENTATION = 0.03
@@ -148,8 +151,11 @@ def layer_activations(task: Task, rates: Rates, layouts: Layouts) -> tuple[Array
     inner = size * rows * width
     # norm in and out twice, queries to values, attention out, up (and gate), activation out
     whole = 4 * hidden + queries + out + plain + masks + (gates + 1) * inner
-    # gathered, the norms' outputs are as long as the sequence
-    whole = whole + task.keeps_messages * 2 * hidden * (spread - 1)
+    # gathered, the norms' outputs are as long as the sequence; unfused, a gate's activation is kept
+    # beside its product; visits and their results, and the router's float32 copy of its input
+    visits = 2 * task.top_k * hidden + 4 * rows * task.hidden / spread - hidden
+    more = 2 * hidden * (spread - 1) + (gates - 1) * inner + experts * visits
+    whole = whole + task.keeps_messages * more
     megatron = whole - np.where(task.flash > 0, 0.0, plain)
     # every other product's output and attention's are kept, the rest is computed again
     by_product = hidden + out + 0.5 * (queries + 2 * hidden + gates * inner)
@@ -157,7 +163,8 @@ def layer_activations(task: Task, rates: Rates, layouts: Layouts) -> tuple[Array
     # the block's input and every product, those summed over tensor ranks also before they are, and
     # the gathered sequence
     messages = np.where(tensor > 1, 4 * hidden * spread, 0.0)
-    every = 3 * hidden + queries + gates * inner + messages
+    dense = (1 - experts) * size * rows * task.ffn / tensor
+    every = 3 * hidden + queries + gates * dense + messages
     selective = np.where(task.keeps_messages > 0, every, selective)
     kept = np.where(
         layouts.recompute == 2, hidden, np.where(layouts.recompute == 1, selective, whole)
@@ -185,6 +192,15 @@ def _warm(layouts: Layouts) -> Array:
     warm = np.where(chunks > 1, pipeline * chunks + pipeline - 1, pipeline)
     warm = np.where(code == SCHEDULES.index("zbv"), 2 * pipeline, warm)
     return np.where(code == SCHEDULES.index("dualpipev"), 2 * pipeline + 1, warm)
+
+
+def program_stages(program: Program) -> Memory:
+    """The memory of every pipeline stage of one layout, as our own program fills it."""
+    peaks = stage_peaks(program)
+    parts = [np.array([float(peak[name]) for peak in peaks]) for name in COMPONENTS]
+    used: Array = np.sum(parts, axis=0)
+    framework = framework_bytes(used)
+    return Memory(*parts, framework, used + framework)
 
 
 def stage_memory(task: Task, rates: Rates, layout: Layouts) -> Memory:

@@ -11,10 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ridgeline.layout.schedules import Action
-from ridgeline.layout.transfers import Step, Transfer
+from ridgeline.layout.transfers import MOST_LEAVING, Step, Transfer
 from ridgeline.rehearse.effects import Effect, contexts
 from ridgeline.rehearse.trace import AFTER, BEFORE, Trace
-from ridgeline.train.pipeline import MOST_LEAVING
 
 
 @dataclass
