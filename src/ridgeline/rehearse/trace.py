@@ -30,7 +30,7 @@ from ridgeline.model.shape import ModelShape
 from ridgeline.rehearse.effects import Context, Effect, contexts, effect_between, enough, only
 from ridgeline.rehearse.fused import fuse, fuses
 from ridgeline.run import Run
-from ridgeline.torch_compat import FakeTensorMode, fake_process_group
+from ridgeline.torch_compat import FakeTensorMode, fake_process_group, settle_shards
 from ridgeline.train.agreement import Agreement
 from ridgeline.train.build import (
     MakeDecoder,
@@ -183,6 +183,7 @@ def stage(
         with FakeTensorMode(allow_non_fake_inputs=True), tracker.watching(chunks.values()):
             for model in chunks.values():
                 to_empty(model, device)
+                settle_shards(model)
             clock = Clock()
             pipeline = pipeline_of(run, mesh, chunks, len(cuts), clock)
             owners = Owners(tracker, pipeline)
