@@ -59,6 +59,7 @@ def memory(task: Task, rates: Rates, layouts: Layouts) -> Memory:
     first = kept * layers / chunks * in_flight(layouts, micro_batches)
     last = kept * layers / chunks * in_flight(layouts, micro_batches, pipeline - 1)
     logits = _logits(task, layouts)
+    last = last + _halves(task, layouts) * layers / chunks
     # logits are gone before the last stage's backward pass needs its largest layer
     at_last = last + np.maximum(logits, live)
     at_first = first + live + _whole_gradient(task, layouts)
@@ -119,6 +120,23 @@ def _whole_gradient(task: Task, layouts: Layouts) -> Array:
         return np.zeros_like(layouts.tensor)
     parameters = task.vocab * task.hidden * (1 - 1 / layouts.tensor)
     return np.where(layouts.zero < 2, parameters * task.whole_gradient, 0.0)
+
+
+def _halves(task: Task, layouts: Layouts) -> Array:
+    """Bytes per layer of gradients that wait for the weights' half of a split backward pass.
+
+    On the last stage, of all micro-batches in flight but one, where the schedule postpones most.
+    """
+    late = (layouts.schedule == SCHEDULES.index("zbh1")) | (
+        layouts.schedule == SCHEDULES.index("zbv")
+    )
+    rows = layouts.micro_batch * task.sequence / layouts.context
+    inner = (task.mlp_matrices - 1) * (1 - task.expert_layers) * task.ffn / layouts.tensor
+    queries = (task.heads * task.head_dim + task.keys_values) / layouts.tensor
+    hidden = (2 + 2 / layouts.tensor) * task.hidden
+    each = task.activation_bytes * rows * (inner + queries + hidden)
+    waiting = in_flight(layouts, task.global_batch / (layouts.data * layouts.micro_batch)) - 1
+    return np.where(late, task.keeps_messages * each * waiting, 0.0)
 
 
 def _logits(task: Task, layouts: Layouts) -> Array:

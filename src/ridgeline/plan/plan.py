@@ -150,6 +150,7 @@ def plan(
             "the training tokens, or the price or power of a device, are not known",
             "--tokens and --price-per-hour" if rank == "money" else "--tokens, or --rank time",
         )
+    best = next((each for each in pool if each.trainable), None)
     pool.sort(key=lambda each: _key(each, rank))
     own = price(asked, [layout])[0] if layout else None
     return Plan(
@@ -158,7 +159,7 @@ def plan(
         rank,
         own,
         _fitting(asked, own.layout) if own and not own.fits else None,
-        _best_trainable(asked, found, ranked),
+        best or _best_trainable(asked, found, ranked),
         _totals(asked, found.steps, rows[0], pool[0].mfu),
         _flops(asked, "full") / asked.devices / NAIVE_SHARE / peak(asked.cluster, asked.precision),
         found.space,
