@@ -210,6 +210,9 @@ class Plain:
         looped = (v - 1) * pp + 1 if v > 1 else 1
         last_warm = looped if layout.schedule == "1f1b" else warm
         last = kept * layers / v * min(micro_batches * v, last_warm)
+        if layout.schedule in ("zbh1", "zbv"):
+            half = gates * inner + queries + 2 * hidden * (layout.tensor + 1)
+            last += half * layers / v * (min(micro_batches * v, warm) - 1)
         logits = rows * t["logit_bytes"] + min(rows, 2048) * t["chunk_logit_bytes"]
         logits *= t["vocab"] / layout.tensor
         used = states + max(first + live, last + max(logits, live))

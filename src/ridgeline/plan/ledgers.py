@@ -20,7 +20,7 @@ SOURCES = {
     "memory.optimizer_bytes": "master weight and two moments, over the shards from ZeRO-1 on",
     "memory.activations_bytes": "saved tensors times micro-batches in flight (arXiv:2205.05198)",
     "memory.temporary_bytes": "gathered layers, logits, one layer's backward pass",
-    "memory.framework_bytes": "2 GiB and 3%: assumed",
+    "memory.framework_bytes": "2 GiB but on a CPU, and 3%: assumed",
     "seconds.compute_s": "matrix products, attention, element-wise work: plan/block.py",
     "seconds.tensor_s": "ring all-reduces (arXiv:1909.08053)",
     "seconds.context_s": "ring of keys and values behind attention",

@@ -26,7 +26,8 @@ from ridgeline.plan.step import embedding_parameters, layer_parameters, shard_gr
 
 COMPONENTS = ("weights", "gradients", "optimizer", "activations", "temporary")
 FRAMEWORK_BYTES = 2.0 * 2**30
-"""Device context, communicators and libraries, which no allocator reports (assumed)."""
+"""Device context, communicators and libraries, which no allocator reports (assumed); a CPU has
+none of its own, and what Python and its libraries take is there before a run is."""
 FRAGMENTATION = 0.03
 """Share of the rest that the allocator holds without use (assumed)."""
 
@@ -59,6 +60,7 @@ def memory(task: Task, rates: Rates, layouts: Layouts) -> Memory:
     first = kept * layers / chunks * in_flight(layouts, micro_batches)
     last = kept * layers / chunks * in_flight(layouts, micro_batches, pipeline - 1)
     logits = _logits(task, layouts)
+    last = last + _halves(task, layouts) * layers / chunks
     # logits are gone before the last stage's backward pass needs its largest layer
     at_last = last + np.maximum(logits, live)
     at_first = first + live + _whole_gradient(task, layouts)
@@ -104,9 +106,9 @@ def _added_up(
     )
 
 
-def framework_bytes(used: Array) -> Array:
-    """What no tensor accounts for, where tensors take `used` bytes."""
-    return FRAMEWORK_BYTES + FRAGMENTATION * used
+def framework_bytes(used: Array, cpu: bool = False) -> Array:
+    """What no tensor accounts for, where tensors take `used` bytes of a device or of a `cpu`."""
+    return (0.0 if cpu else FRAMEWORK_BYTES) + FRAGMENTATION * used
 
 
 def _whole_gradient(task: Task, layouts: Layouts) -> Array:
@@ -119,6 +121,23 @@ def _whole_gradient(task: Task, layouts: Layouts) -> Array:
         return np.zeros_like(layouts.tensor)
     parameters = task.vocab * task.hidden * (1 - 1 / layouts.tensor)
     return np.where(layouts.zero < 2, parameters * task.whole_gradient, 0.0)
+
+
+def _halves(task: Task, layouts: Layouts) -> Array:
+    """Bytes per layer of gradients that wait for the weights' half of a split backward pass.
+
+    On the last stage, of all micro-batches in flight but one, where the schedule postpones most.
+    """
+    late = (layouts.schedule == SCHEDULES.index("zbh1")) | (
+        layouts.schedule == SCHEDULES.index("zbv")
+    )
+    rows = layouts.micro_batch * task.sequence / layouts.context
+    inner = (task.mlp_matrices - 1) * (1 - task.expert_layers) * task.ffn / layouts.tensor
+    queries = (task.heads * task.head_dim + task.keys_values) / layouts.tensor
+    hidden = (2 + 2 / layouts.tensor) * task.hidden
+    each = task.activation_bytes * rows * (inner + queries + hidden)
+    waiting = in_flight(layouts, task.global_batch / (layouts.data * layouts.micro_batch)) - 1
+    return np.where(late, task.keeps_messages * each * waiting, 0.0)
 
 
 def _logits(task: Task, layouts: Layouts) -> Array:
@@ -194,12 +213,12 @@ def _warm(layouts: Layouts) -> Array:
     return np.where(code == SCHEDULES.index("dualpipev"), 2 * pipeline + 1, warm)
 
 
-def program_stages(program: Program) -> Memory:
+def program_stages(program: Program, cpu: bool) -> Memory:
     """The memory of every pipeline stage of one layout, as our own program fills it."""
     peaks = stage_peaks(program)
     parts = [np.array([float(peak[name]) for peak in peaks]) for name in COMPONENTS]
     used: Array = np.sum(parts, axis=0)
-    framework = framework_bytes(used)
+    framework = framework_bytes(used, cpu)
     return Memory(*parts, framework, used + framework)
 
 

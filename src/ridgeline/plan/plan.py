@@ -14,6 +14,7 @@ from ridgeline.layout.arithmetic import check
 from ridgeline.layout.layout import Layout
 from ridgeline.layout.trainable import is_trainable
 from ridgeline.ledger import Ledger
+from ridgeline.machine.device import is_cpu
 from ridgeline.model.counts import flops_per_token
 from ridgeline.plan import search as searching
 from ridgeline.plan.block import block
@@ -150,6 +151,7 @@ def plan(
             "the training tokens, or the price or power of a device, are not known",
             "--tokens and --price-per-hour" if rank == "money" else "--tokens, or --rank time",
         )
+    best = next((each for each in pool if each.trainable), None)
     pool.sort(key=lambda each: _key(each, rank))
     own = price(asked, [layout])[0] if layout else None
     return Plan(
@@ -158,7 +160,7 @@ def plan(
         rank,
         own,
         _fitting(asked, own.layout) if own and not own.fits else None,
-        _best_trainable(asked, found, ranked),
+        best or _best_trainable(asked, found, ranked),
         _totals(asked, found.steps, rows[0], pool[0].mfu),
         _flops(asked, "full") / asked.devices / NAIVE_SHARE / peak(asked.cluster, asked.precision),
         found.space,
@@ -220,7 +222,8 @@ def _priced(asked: Question, table: Layouts, steps: Step, memories: Memory) -> l
             crossing = {axis: float(getattr(sending, axis)[row]) for axis in AXES}
         else:
             hfu = mfu * (1 + executed_flops(program)[1] / causal)
-            stages, crossing = program_stages(program), sent_bytes(program)
+            stages = program_stages(program, is_cpu(device))
+            crossing = sent_bytes(program)
         total = _totals(asked, steps, row, mfu)
         train_s = None if total is None else total.wall_s or total.train_s
         currency = total.currency if total and total.rent is not None else None

@@ -124,7 +124,8 @@ class Program:
     def counted(self) -> int:
         """Micro-batches after which a step only repeats itself; all of them where that is less."""
         stages = self.layout.pipeline
-        most = 3 * stages + -(-MOST_LEAVING // stages) * stages
+        warm = stages if self.layout.interleave == 1 else 2 * stages
+        most = warm + -(-MOST_LEAVING // stages) * stages
         repeats = self.layout.schedule != "gpipe" and self.micro_batches > most
         return most if repeats else self.micro_batches
 

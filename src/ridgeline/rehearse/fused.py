@@ -14,17 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 
+from ridgeline.machine.device import is_cpu
 from ridgeline.machine.local import is_local
 from ridgeline.run import Run
 
-CPUS = ("A64FX",)
-"""Devices of the catalogue that run PyTorch's CPU kernels."""
 
-
-def fuses(run: Run) -> bool:
-    """Whether the run's devices have fused kernels."""
+def on_cpu(run: Run) -> bool:
+    """Whether the run's devices run PyTorch's CPU kernels; this machine's may be accelerators."""
     name = run.cluster.device
-    return torch.accelerator.is_available() if is_local(name) else name not in CPUS
+    return is_cpu(name) and not (is_local(name) and torch.accelerator.is_available())
 
 
 def fuse(modules: Iterable[nn.Module]) -> None:

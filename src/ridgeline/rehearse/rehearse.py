@@ -26,6 +26,7 @@ from ridgeline.plan.question import Question, capacity, question_of_run, usable
 from ridgeline.rehearse.deep import DEEP, TRACED, extrapolated
 from ridgeline.rehearse.effects import contexts
 from ridgeline.rehearse.findings import findings_of
+from ridgeline.rehearse.fused import on_cpu
 from ridgeline.rehearse.replay import Moment, Replay, replay
 from ridgeline.rehearse.trace import Live, Program, Trace, trace
 from ridgeline.run import Run
@@ -129,7 +130,7 @@ def rehearse(
         rank = RankGrid(layout).rank(pipeline=place)
         seen = traces.of(place, rank, steps)
         done = replay(steps, seen, len(traces.cuts), micro_batches_of(run, layout))
-        stages.append(_stage(place, rank, done, seen, traces.layers(place)))
+        stages.append(_stage(place, rank, done, seen, traces.layers(place), on_cpu(run)))
     known = list(traces.by_kind.values())
     return Rehearsal(
         run=run,
@@ -235,10 +236,10 @@ def _known(size: float) -> float | None:
     return size if size < float("inf") else None
 
 
-def _stage(place: int, rank: int, done: Replay, seen: Trace, layers: int) -> Stage:
+def _stage(place: int, rank: int, done: Replay, seen: Trace, layers: int, cpu: bool) -> Stage:
     peak = done.peak
     parts: dict[str, float] = {name: float(peak.bytes_by_owner.get(name, 0)) for name in OWNERS}
-    parts["framework"] = float(framework_bytes(np.array(float(peak.total))))
+    parts["framework"] = float(framework_bytes(np.array(float(peak.total)), cpu))
     sums = done.sums
     return Stage(
         stage=place,
@@ -264,7 +265,7 @@ SOURCES = {
     "memory.optimizer_bytes": "storages of parameters at rest, and of the optimizer's state",
     "memory.activations_bytes": "storages born in a forward pass and alive at its end",
     "memory.temporary_bytes": "all other storages that are alive at the peak",
-    "memory.framework_bytes": "2 GiB and 3%: assumed, as planned",
+    "memory.framework_bytes": "2 GiB but on a CPU, and 3%: assumed, as planned",
     "flops_per_device": "operations traced, mean over stages, without what is done again",
     "hardware_flops_per_device": "operations traced, mean over stages",
     "kernels": "operations traced, of the stage that has most",

@@ -28,7 +28,7 @@ from ridgeline.layout.stages import Chunk, chunks_of
 from ridgeline.layout.transfers import Step
 from ridgeline.model.shape import ModelShape
 from ridgeline.rehearse.effects import Context, Effect, contexts, effect_between, enough, only
-from ridgeline.rehearse.fused import fuse, fuses
+from ridgeline.rehearse.fused import fuse, on_cpu
 from ridgeline.run import Run
 from ridgeline.torch_compat import FakeTensorMode, fake_process_group, settle_shards
 from ridgeline.train.agreement import Agreement
@@ -177,7 +177,7 @@ def stage(
                 if isinstance(mixture.exchange, ExpertExchange):
                     mixture.exchange = EvenExchange(mixture.exchange.group)
             chunks[chunk.index] = model
-        if fuses(run):
+        if not on_cpu(run):
             fuse(chunks.values())
         tracker = Tracker(groups_of(mesh), fake=True)
         with FakeTensorMode(allow_non_fake_inputs=True), tracker.watching(chunks.values()):
