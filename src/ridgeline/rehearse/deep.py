@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from ridgeline.rehearse.effects import Effect
+from ridgeline.rehearse.effects import Context, Effect
 from ridgeline.rehearse.trace import Trace
 
 TRACED = (4, 6, 8)
@@ -24,7 +24,7 @@ def extrapolated(layers: int, traced: Callable[[int], Trace]) -> Trace | None:
     """
     low, high, third = map(traced, TRACED)
     steps = TRACED[1] - TRACED[0]
-    if _along(low, high, (TRACED[2] - TRACED[0]) / steps).effects != _rounded(third).effects:
+    if _bytes(_along(low, high, (TRACED[2] - TRACED[0]) / steps)) != _bytes(_rounded(third)):
         return None
     return _along(low, high, (layers - TRACED[0]) / steps)
 
@@ -36,6 +36,11 @@ def _along(low: Trace, high: Trace, share: float) -> Trace:
     }
     resting = {k: round(v) for k, v in _line(low.resting, high.resting, share).items()}
     return replace(high, resting=resting, effects=effects)
+
+
+def _bytes(trace: Trace) -> dict[Context, Effect]:
+    """Its effects but for the number of kernels, which depends on what PyTorch has cached."""
+    return {context: replace(each, kernels=0) for context, each in trace.effects.items()}
 
 
 def _rounded(trace: Trace) -> Trace:

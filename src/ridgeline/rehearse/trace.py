@@ -7,6 +7,7 @@ Nothing is allocated, so a rank of a trillion parameters traces on a laptop.
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections import Counter
@@ -166,7 +167,7 @@ def stage(
     layout = run.layout
     assert isinstance(layout, Layout)
     device = torch.device("cpu")
-    with fake_process_group(rank, layout.world):
+    with fake_process_group(rank, layout.world), _no_collection():
         mesh = make_mesh(layout, device, rank)
         cuts = chunks_of(layout, run.model, run.sequence)
         chunks: dict[int, nn.Module] = {}
@@ -188,6 +189,18 @@ def stage(
             pipeline = pipeline_of(run, mesh, chunks, len(cuts), clock)
             owners = Owners(tracker, pipeline)
             yield _job(run, program, mesh, pipeline, clock), tracker, owners
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """What cycles of references hold is then held to the end, and not until some later moment."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _job(run: Run, program: Program, mesh: Mesh, pipeline: Pipeline, clock: Clock) -> Job:
