@@ -221,7 +221,7 @@ def test_train_resume_sample_and_report_are_one_story(folder: Path, type_command
     assert "step 4/4  loss" in said
     run = folder / "runs" / "tiny"
     assert {path.name for path in run.iterdir()} == {
-        "run.toml", "environment.json", "metrics.jsonl", "checkpoints", "report.html",
+        "run.toml", "environment.json", "metrics.jsonl", "checkpoints", "ledgers", "report.html",
     }  # fmt: skip
     status, said, _ = type_command("train runs/tiny --budget.steps 6")
     assert status == 0
