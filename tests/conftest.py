@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from hypothesis import settings
 from safetensors import safe_open
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch loads: tests share two cores
+# What the user's own machine was measured or corrected to be is not for tests to depend on.
+os.environ["XDG_CONFIG_HOME"] = str(Path(tempfile.gettempdir(), "ridgeline-tests-have-no-config"))
 logging.disable(logging.DEBUG)  # PyTorch's checkpoint planner tells of every tensor, twice
 
 from ridgeline.data.prepare import prepare  # noqa: E402

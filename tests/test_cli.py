@@ -54,8 +54,8 @@ def every_verb(group: click.Group, prefix: str = "") -> list[str]:
 
 def test_the_verbs_are_these() -> None:
     assert sorted(every_verb(cli.verbs)) == [
-        "cost", "data", "data prepare", "machines", "models", "parity", "pipeline", "plan", "probe",
-        "report", "sample", "train", "validate", "version",
+        "audit", "cost", "data", "data prepare", "machines", "models", "parity", "pipeline", "plan",
+        "probe", "rehearse", "report", "sample", "train", "validate", "version",
     ]  # fmt: skip
 
 
@@ -150,6 +150,9 @@ BAD_INPUT = {
     "sample runs/other": "no checkpoint yet",
     "sample nothing": "run.toml",
     "report nothing": "nothing",
+    "audit nothing": "metrics.jsonl, which a run writes before its first step, is missing",
+    "audit nowhere": "there is no such folder",
+    "audit runs/other": "ridgeline train",
     "models gpt-2-xxl": "none of that name",
 }
 
@@ -233,6 +236,16 @@ def test_train_resume_sample_and_report_are_one_story(folder: Path, type_command
     assert (run / "sample.txt").read_text() == said
     status, said, _ = type_command("report runs/tiny")
     assert (status, said) == (0, "report: runs/tiny/report.html\n")
+    status, said, _ = type_command("audit runs/tiny")
+    assert status == 0
+    assert "ridgeline probe" in said  # nobody measured this machine, so nobody planned for it
+    assert "goodput" in said
+    status, said, _ = type_command("audit runs/tiny --json")
+    assert status == 0
+    assert json.loads(said)["step"] == 6
+    status, _, error = type_command("audit runs/tiny runs/other")
+    assert status == 2
+    assert "--calibrate" in error
 
 
 def test_a_sample_is_a_function_of_its_seed(tiny_run: MakeRun) -> None:

@@ -38,6 +38,7 @@ ledgers = table(
     seconds=table(StepSeconds),
     sent=table(SentBytes),
     calls=table(Calls),
+    layout=st.none() | st.text(),
     flops_by_module=st.dictionaries(st.text(), st.floats(0, 1e30)),
     goodput=st.none() | st.floats(0, 1),
     currency=st.just("USD"),
@@ -72,7 +73,7 @@ def test_the_terms_are_these() -> None:
     assert len(set(term_names())) == 7 + 16 + 6 + 6 + 12
     top = json.loads(Ledger(witness="plan").to_json())
     assert list(top) == [
-        *("schema_version", "witness", "memory", "seconds", "sent", "calls", "kernels"),
+        *("schema_version", "witness", "layout", "memory", "seconds", "sent", "calls", "kernels"),
         *("flops_per_device", "hardware_flops_per_device", "flops_by_module", "tokens_per_s"),
         *("mfu", "mfu_full_attention", "hfu", "goodput", "train_s", "step_energy_j", "energy_j"),
         *("money", "currency", "sources"),

@@ -18,7 +18,8 @@ from ridgeline.train.worker import Outcome
 
 def test_the_public_names_are_these() -> None:
     assert ridgeline.__all__ == [
-        "cost", "parity", "plan", "prepare", "read_run", "report", "sample", "train", "validate",
+        "audit", "cost", "parity", "plan", "prepare", "read_run", "rehearse", "report", "sample",
+        "train", "validate",
     ]  # fmt: skip
     for name in ridgeline.__all__:
         verb = getattr(ridgeline, name)
@@ -46,6 +47,7 @@ def test_the_public_names_are_these() -> None:
         ),
         (ridgeline.sample, "(folder: 'Path', prompt: 'str', **options: 'Any') -> 'str'"),
         (ridgeline.report, "(folder: 'Path') -> 'Path'"),
+        (ridgeline.audit, "(folder: 'Path') -> 'Audit'"),
         (
             ridgeline.cost,
             "(model: 'ModelShape | str', tokens: 'int', on: 'str', **options: 'Any') -> 'Cost'",

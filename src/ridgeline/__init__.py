@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-# The packages `plan`, `rehearse` and `train` and the verbs share names: load the (empty) packages
-# first, so that importing one of their modules later does not put the package in the verb's place.
+# The packages `audit`, `plan`, `rehearse`, `train` and the verbs share names: load the (empty)
+# packages first, so that importing one of their modules later does not put the package in the
+# verb's place.
+from ridgeline import audit as _audit_package  # noqa: F401
 from ridgeline import plan as _plan_package  # noqa: F401
 from ridgeline import rehearse as _rehearse_package  # noqa: F401
 from ridgeline import train as _train_package  # noqa: F401
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from ridgeline.audit.audit import Audit
     from ridgeline.data.manifest import Manifest
     from ridgeline.model.shape import ModelShape
     from ridgeline.plan.cost import Cost
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
     from ridgeline.train.worker import Outcome
 
 __all__ = [
+    "audit",
     "cost",
     "parity",
     "plan",
@@ -139,6 +143,16 @@ def report(folder: Path) -> Path:
     from ridgeline.audit.report import write_report
 
     return write_report(folder)
+
+
+def audit(folder: Path) -> Audit:
+    """What was planned, rehearsed and measured of a run; see `ridgeline.audit.audit.audit`.
+
+    Plans and rehearses it where the folder does not hold that yet.
+    """
+    from ridgeline.audit.audit import audit as compare
+
+    return compare(folder, lambda run: rehearse(run).ledger)
 
 
 def plan(run: Run, on: str | None = None, **options: Any) -> Plan:

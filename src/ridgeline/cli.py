@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import click
 
 import ridgeline
+from ridgeline.cli_audit import audit
 from ridgeline.cli_plan import NewFile, machines, plan, probe, validate
 from ridgeline.cli_train import OVERRIDES, parity, rehearse
 from ridgeline.errors import NotLearnt, RidgelineError
@@ -191,6 +192,7 @@ def cost(as_json: bool, **asked: Any) -> None:
     click.echo(answer(as_json=as_json, **asked))
 
 
+verbs.add_command(audit)
 verbs.add_command(parity)
 verbs.add_command(rehearse)
 verbs.add_command(plan)

@@ -138,6 +138,8 @@ class Ledger(_Table):
     """Which fields to expect."""
     witness: Witness
     """Who filled it: plan predicts, rehearse traces the real program, train measures."""
+    layout: str | None = None
+    """The sentence of the layout that it is of."""
     memory: tuple[Memory, ...] = ()
     """Bytes per device, one entry per pipeline stage; empty: not known."""
     seconds: StepSeconds = StepSeconds()
@@ -210,7 +212,7 @@ class Ledger(_Table):
         return self.model_dump_json(indent=2) + "\n"
 
 
-NO_TERMS = ("schema_version", "witness", "sources", "currency", "flops_by_module")
+NO_TERMS = ("schema_version", "witness", "layout", "sources", "currency", "flops_by_module")
 """Fields that are no single quantity."""
 
 
@@ -222,12 +224,7 @@ def term_names() -> list[str]:
         "sent": SentBytes,
         "calls": Calls,
     }
-    plain = [
-        name
-        for name in Ledger.model_fields
-        if name
-        not in (*parts, "schema_version", "witness", "sources", "currency", "flops_by_module")
-    ]
+    plain = [name for name in Ledger.model_fields if name not in (*parts, *NO_TERMS)]
     return plain + [f"{name}.{term}" for name, part in parts.items() for term in part.model_fields]
 
 

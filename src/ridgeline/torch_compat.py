@@ -79,6 +79,7 @@ __all__ = [
     "reduce_now",
     "replicate",
     "selective_contexts",
+    "settle_shards",
     "shapes_only",
     "shard",
     "sharded_parameters",
@@ -251,6 +252,15 @@ def _groups_of(state: Any) -> list[Any]:
 def _state_of(module: nn.Module) -> Any:
     kind: Any = _replicate if isinstance(module, ReplicateModule) else fully_shard
     return kind.state(module)
+
+
+def settle_shards(module: nn.Module) -> None:
+    """Do what FSDP2 does once, before the first forward pass: an uneven part gets its padding.
+
+    Private name. Tested on 2.11.0 and 2.13.0.
+    """
+    if isinstance(module, FSDPModule):
+        module._get_fsdp_state()._lazy_init()
 
 
 class ShardedParameter(NamedTuple):

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+
+from ridgeline.layout.layout import Layout
+from ridgeline.ledger import Ledger, Memory, StepSeconds
+from ridgeline.plan.plan import price
+from ridgeline.plan.question import question_of_run
+from ridgeline.run import Run
 
 WriteRunFolder = Callable[..., Path]
 
@@ -174,3 +181,47 @@ def write_run_folder_fixture() -> WriteRunFolder:
 def run_folder(tmp_path: Path) -> Path:
     """A finished run of 600 steps."""
     return write_run_folder(tmp_path / "standard-library")
+
+
+@pytest.fixture
+def write_audited(make_tiny_run: Callable[..., Run], tmp_path: Path) -> Callable[..., Path]:
+    """Write the folder of a tiny run on A100s that was timed: `write_audited("a", layout="dp2")`.
+
+    What `train` says it measured is the plan, each second stretched by `stretch` of its cause.
+    """
+
+    def write(name: str, stretch: Mapping[str, float] | None = None, **changes: Any) -> Path:
+        settings = {"layout": "pp2 mb2 bf16", **changes}
+        settings["cluster"] = {"device": "A100-SXM-80GB", "devices": 2}
+        run = make_tiny_run(tmp_path / "runs", name=name, **settings)
+        assert isinstance(run.layout, Layout)
+        (run.path / "ledgers").mkdir(parents=True)
+        (run.path / "run.toml").write_text(run.to_toml(), encoding="utf-8")
+        told = {"device": "cuda", "ridgeline": "0.1.0", "torch": "2.13.0", "host": "n1", "cpu": "x"}
+        (run.path / "environment.json").write_text(json.dumps(told), encoding="utf-8")
+        records = [
+            {"step": 0, "event": "started", "start_s": 3.0, "time": 103.0},
+            {"step": 2, "step_s": 1.0, "tokens": 512, "tokens_per_s": 256.0, "time": 105.0},
+            {"step": 4, "step_s": 2.0, "tokens": 1024, "tokens_per_s": 128.0, "time": 109.0},
+        ]
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        (run.path / "metrics.jsonl").write_text(lines, encoding="utf-8")
+        planned = price(question_of_run(run), [run.layout])[0].ledger
+        stretch = stretch or {}
+        seconds = {
+            cause: value * stretch.get(cause, 1.0)
+            for cause, value in planned.seconds.model_dump(exclude={"total_s"}).items()
+            if value is not None
+        }
+        measured = Ledger(
+            witness="train",
+            layout=str(run.layout),
+            memory=tuple(Memory(total_bytes=2 * (s.total_bytes or 0)) for s in planned.memory),
+            seconds=StepSeconds(**seconds, total_s=sum(seconds.values())),
+            sent=planned.sent,
+            sources={"seconds.compute_s": "host clock"},
+        )
+        (run.path / "ledgers" / "train.json").write_text(measured.to_json(), encoding="utf-8")
+        return run.path
+
+    return write

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from ridgeline.audit.history import number, read_history
 from ridgeline.audit.report import render
+from ridgeline.audit.witnesses import read_witnesses
 from ridgeline.errors import RunFolderError
 
 WriteRunFolder = Callable[..., Path]
@@ -114,8 +115,9 @@ VALUES = st.recursive(
 )
 MEASURES = ["loss", "grad_norm", "lr", "tokens", "tokens_per_s", "mfu", "memory_bytes", "step_s"]
 OTHERS = ["seconds", "held_out_loss", "held_out", "event", "total_steps", "parameters", "baselines"]
+OTHERS += ["time", "start_s", "lost_s"]
 KEYS = st.sampled_from([*MEASURES, *OTHERS])
-EVENTS = st.sampled_from(["started", "resumed", "finished", "interrupted"])
+EVENTS = st.sampled_from(["started", "resumed", "finished", "interrupted", "checkpoint", "lost"])
 RECORDS = st.builds(
     lambda step, fields, event: {**fields, **({"event": event} if event else {}), "step": step},
     st.integers(0, 50),
@@ -127,6 +129,7 @@ RECORDS = st.builds(
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(st.lists(RECORDS, min_size=1, max_size=12))
 def test_no_readable_record_breaks_the_page(tmp_path: Path, records: list[object]) -> None:
-    page = render(read_history(write_metrics(tmp_path, *records)))
+    history = read_history(write_metrics(tmp_path, *records))
+    page = render(history, read_witnesses(history))
     assert page.endswith("</html>\n")
     assert page.count("<script") == 1

@@ -69,7 +69,7 @@ def test_kept_activations_are_those_of_each_operation() -> None:
     kept, _ = layer_activations(task, rates, Layouts.of([Layout()]))
     hidden, latents = 4 * 7168, 2 * (1536 + 512) + 64
     heads = 128 * (192 + 192 + 128) + 128 * 128
-    inner = 3 * 18432
+    inner = 4 * 18432  # gate, up, the activation and their product
     assert kept[0] == 4096 * (2 * (hidden + latents + heads + inner) + 4 * 128)
 
 

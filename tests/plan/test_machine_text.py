@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from click.testing import CliRunner
 
 from ridgeline.cli import verbs
 from ridgeline.errors import MachineError
 from ridgeline.machine.cluster import clusters
+from ridgeline.machine.corrections import Correction, write_correction
 from ridgeline.machine.device import devices
 from ridgeline.plan.machine_text import describe, table
 
@@ -51,3 +54,12 @@ def test_the_command_lists_and_describes() -> None:
     refused = CliRunner().invoke(verbs, ["machines", "Frontie"]).exception
     assert isinstance(refused, MachineError)
     assert "Frontier" in refused.remedy
+
+
+def test_corrections_by_a_run_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    assert "corrected" not in describe("A100-SXM-80GB")
+    write_correction("A100-SXM-80GB", "bf16", Correction(compute=1.25, source="run a, 2026"))
+    said = describe("A100-SXM-80GB")
+    assert "corrected in bf16 by run a, 2026" in said
+    assert "x1.250" in said

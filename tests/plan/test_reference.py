@@ -198,7 +198,7 @@ class Plain:
         gates, inner = t["mlp_matrices"] - 1, 2 * rows * t["ffn"] / layout.tensor
         messages = 4 * 2 * rows * t["hidden"] * (layout.tensor > 1)
         whole = 4 * hidden + queries + out + 4 * rows * t["heads"] / layout.tensor
-        whole += (gates + 1) * inner + 2 * hidden * (layout.tensor - 1)
+        whole += 2 * gates * inner + 2 * hidden * (layout.tensor - 1)
         some = 3 * hidden + queries + gates * inner + messages
         kept = {"none": whole, "selective": some, "full": hidden}[layout.recompute]
         live = max(whole - kept, 0) + 2 * gates * inner + 2 * hidden
@@ -210,6 +210,9 @@ class Plain:
         looped = (v - 1) * pp + 1 if v > 1 else 1
         last_warm = looped if layout.schedule == "1f1b" else warm
         last = kept * layers / v * min(micro_batches * v, last_warm)
+        if layout.schedule in ("zbh1", "zbv"):
+            half = gates * inner + queries + 2 * hidden * (layout.tensor + 1)
+            last += half * layers / v * (min(micro_batches * v, warm) - 1)
         logits = rows * t["logit_bytes"] + min(rows, 2048) * t["chunk_logit_bytes"]
         logits *= t["vocab"] / layout.tensor
         used = states + max(first + live, last + max(logits, live))

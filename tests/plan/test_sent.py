@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 
 from ridgeline.layout.layout import Layout
 from ridgeline.layout.schedules import pipeline_schedule
 from ridgeline.ledger import SentBytes
 from ridgeline.model.catalogue import entry
-from ridgeline.plan.plan import price
 from ridgeline.plan.quantities import Layouts, task_of
-from ridgeline.plan.question import question
+from ridgeline.plan.question import physics, question
 from ridgeline.plan.sent import sent
 
 
 def sent_by(model: str, machine: str, sequence: int, batch: int, sentence: str) -> SentBytes:
-    """The `sent` table of one layout's ledger."""
+    """The closed forms of one layout. `tests/rehearse` holds the count of single layouts."""
     asked = question(entry(model).shape, machine, sequence=sequence, batch_tokens=batch * sequence)
-    (planned,) = price(asked, [Layout.model_validate(sentence)])
-    return planned.ledger.sent
+    found = sent(physics(asked)[0], Layouts.of([Layout.model_validate(sentence)]))
+    return SentBytes(**{f"{f.name}_bytes": float(getattr(found, f.name)[0]) for f in fields(found)})
 
 
 def test_every_axis_of_gpt3_by_hand() -> None:

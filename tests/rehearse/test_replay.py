@@ -56,9 +56,13 @@ def both(run: Run, place: int, micro_batches: int) -> tuple[Replay, Seen]:
 
 
 SCHEDULES = ("gpipe", "1f1b", "v2 1f1b", "zbh1", "v2 izb", "zbv", "dualpipev")
+FOLDED = ("v2 1f1b", "v2 izb", "zbv", "dualpipev")  # two chunks on each rank
 CASES = [
     *((MODEL, f"pp2 {schedule} mb1 bf16", 4) for schedule in SCHEDULES),
-    *((DEEP, f"dp2 zero{n % 4} pp4 {each} mb1 bf16", 8) for n, each in enumerate(SCHEDULES)),
+    *(
+        (DEEP if each in FOLDED else MODEL, f"dp2 zero{n % 4} pp4 {each} mb1 bf16", 8)
+        for n, each in enumerate(SCHEDULES)
+    ),
     (MODEL, "mb2 fp32 full", 3),
     (MODEL, "dp4 zero3/2 mb1 bf16 selective", 4),
     (MODEL, "cp2 tp2 dp2 mb2 zero1 bf16", 2),
@@ -77,7 +81,7 @@ def test_the_parts_put_together_are_the_whole(
 ) -> None:
     run = run_of(model, sentence, micro_batches)
     assert isinstance(run.layout, Layout)
-    for place in sorted({0, run.layout.pipeline // 2, run.layout.pipeline - 1}):
+    for place in {run.layout.pipeline // 4, run.layout.pipeline - 1}:
         parts, whole = both(run, place, micro_batches)
         assert parts.peak.total == whole.peak_bytes
         assert {k: v for k, v in parts.peak.bytes_by_owner.items() if v} == {

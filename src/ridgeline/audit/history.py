@@ -24,7 +24,10 @@ SAMPLE_CHARACTERS = 20_000  # more than a screen of text, far less than the repo
 
 @dataclass(frozen=True)
 class LoggedStep:
-    """One logged step; None where the run did not know. `seconds`: mean per step, by phase."""
+    """One logged step; None where the run did not know. `seconds`: mean per step, by phase.
+
+    `time`, here and below: Unix seconds of the record; None in runs of older versions.
+    """
 
     step: int
     loss: float | None
@@ -37,6 +40,7 @@ class LoggedStep:
     step_s: float | None
     seconds: dict[str, float]
     steps_covered: int  # since the record before it; its means are over these
+    time: float | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ class Evaluation:
     step: int
     held_out_loss: float | None
     held_out: dict[str, float]
+    seconds: float = 0.0
+    time: float | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,11 @@ class Event:
     step: int
     name: str
     fields: Mapping[str, object]
+
+    @property
+    def time(self) -> float | None:
+        """When it was written down."""
+        return number(self.fields.get("time"))
 
 
 @dataclass
@@ -97,15 +108,15 @@ def read_history(folder: Path) -> History:
     path = folder / "metrics.jsonl"
     remedy = "name a run folder that `ridgeline train` wrote, such as runs/<name>"
     if not folder.is_dir():
-        raise RunFolderError(f"report on {folder}", "there is no such folder", remedy)
+        raise RunFolderError(f"run folder {folder}", "there is no such folder", remedy)
     if not path.is_file():
-        rule = "a report needs metrics.jsonl, which the first logged step writes; it is missing"
-        raise RunFolderError(f"report on {folder}", rule, remedy)
+        rule = "metrics.jsonl, which a run writes before its first step, is missing"
+        raise RunFolderError(f"run folder {folder}", rule, remedy)
     history = History(folder, _newest_run_file(folder), held=(folder / "lock.json").exists())
     _read_metrics(path, history)
     if not (history.steps or history.evaluations or history.events):
         rule = "metrics.jsonl holds no readable record: nothing was logged yet, or it is damaged"
-        raise RunFolderError(f"report on {folder}", rule, "let the run reach a logged step")
+        raise RunFolderError(f"run folder {folder}", rule, "let the run reach a logged step")
     _read_description(history)
     folders = (folder / "checkpoints").glob("step-*")
     history.checkpoints = sorted(p for p in folders if p.is_dir())
@@ -163,8 +174,9 @@ def _add(record: dict[str, object], step: int, history: History) -> None:
         if history.evaluations and history.evaluations[-1].step == step:
             history.evaluations.pop()
         loss, by_corpus = number(record.get("held_out_loss")), _numbers(record.get("held_out"))
-        history.evaluations.append(Evaluation(step, loss, by_corpus))
-        history.elapsed_s += seconds.get("evaluation", 0.0)
+        took, time = seconds.get("evaluation", 0.0), number(record.get("time"))
+        history.evaluations.append(Evaluation(step, loss, by_corpus, took, time))
+        history.elapsed_s += took
     else:
         _rewind(history, step)
         if history.steps and history.steps[-1].step == step:
@@ -178,7 +190,9 @@ def _add(record: dict[str, object], step: int, history: History) -> None:
     history.last_step = max(history.last_step, step)
 
 
-_MEASURES = ("loss", "grad_norm", "lr", "tokens", "tokens_per_s", "mfu", "memory_bytes", "step_s")
+_MEASURES = (
+    "loss", "grad_norm", "lr", "tokens", "tokens_per_s", "mfu", "memory_bytes", "step_s", "time",
+)  # fmt: skip
 
 
 def _rewind(history: History, step: int) -> None:

@@ -31,6 +31,8 @@ from ridgeline.audit.history import (
     read_history,
 )
 from ridgeline.audit.plots import figure
+from ridgeline.audit.section import section
+from ridgeline.audit.witnesses import Witnesses, plan_witness, read_witnesses
 
 STATES = {"started": None, "resumed": None, "finished": "finished", "interrupted": "stopped"}
 RECENT_CHECKPOINTS = 12  # listed in full; a long run keeps more than a reader wants
@@ -39,10 +41,13 @@ RECENT_CHECKPOINTS = 12  # listed in full; a long run keeps more than a reader w
 def write_report(folder: Path) -> Path:
     """Read the run folder `folder` and write `<folder>/report.html`; returns its path.
 
-    The file appears whole or not at all. Raises RunFolderError when `folder` is missing or
-    holds no readable metrics.
+    Plans the run where nobody has yet. The file appears whole or not at all. Raises
+    RunFolderError when `folder` is missing or holds no readable metrics.
     """
-    page = render(read_history(folder))
+    history = read_history(folder)
+    found = read_witnesses(history)
+    plan_witness(history, found)
+    page = render(history, found)
     path = folder / "report.html"
     with tempfile.NamedTemporaryFile(
         "w", encoding="utf-8", errors="replace", dir=folder, prefix=".report-", delete=False
@@ -58,7 +63,7 @@ def write_report(folder: Path) -> Path:
     return path
 
 
-def render(history: History) -> str:
+def render(history: History, found: Witnesses) -> str:
     """The whole page as HTML."""
     files = resources.files("ridgeline.audit")
     style = files.joinpath("report.css").read_text(encoding="utf-8")
@@ -78,7 +83,7 @@ def render(history: History) -> str:
         f"<style>{style}</style>\n</head>\n<body>\n"
         f"{_header(history)}\n<main>\n{_key_figures(history)}\n{_notes(history)}\n"
         f'<section class="charts" aria-label="Curves">{figures or nothing}</section>\n'
-        f"{_sample(history)}\n{_checkpoints(history)}\n"
+        f"{section(history, found)}\n{_sample(history)}\n{_checkpoints(history)}\n"
         f"{_tables('The run', history.run, f'from {history.run_file.name}', history.reasons)}\n"
         f"{_tables('The environment', history.environment, 'from environment.json', {})}\n"
         f"</main>\n{_footer(history)}\n<script>{script}</script>\n</body>\n</html>\n"

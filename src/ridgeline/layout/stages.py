@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -18,7 +19,7 @@ class Chunk:
 
     index: int
     """Place along the model, from 0."""
-    layers: range
+    layers: Sequence[int]
     first: bool
     """Whether it holds the embedding."""
     last: bool

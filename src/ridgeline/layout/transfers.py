@@ -28,6 +28,8 @@ class Transfer(NamedTuple):
 
 
 Step = Action | Transfer
+MOST_LEAVING = 8
+"""Sends that a rank has under way."""
 
 
 def with_transfers(

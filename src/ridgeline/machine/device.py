@@ -15,6 +15,8 @@ ORIGINS = ("read", "measured", "assumed")
 """How a number of the catalogue is known."""
 
 
+CPUS = ("A64FX",)
+"""Devices of the catalogue that run PyTorch's CPU kernels."""
 PROBED_HEAD_DIM = 64
 """Head width at which the probe measures attention."""
 
@@ -74,6 +76,11 @@ class Device:
     """How each number is known: read, measured or assumed; all peaks as `peak_tflops`."""
     effective: dict[str, Effective] = field(default_factory=dict)
     """By precision; empty in the catalogue: only `ridgeline probe` measures it."""
+
+
+def is_cpu(name: str) -> bool:
+    """Whether a device is a CPU; this machine is, as far as it was probed."""
+    return is_local(name) or name in CPUS
 
 
 def devices() -> dict[str, Device]:

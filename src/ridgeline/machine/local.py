@@ -66,6 +66,22 @@ def read_local(file: Path | None = None) -> Rows:
     return rows
 
 
+def write_machine_file(file: Path, text: str) -> None:
+    """Write a machine file at once or not at all. Raises MachineError where it cannot be."""
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(file)
+    except OSError as fault:
+        raise MachineError(
+            f"machine file {file}", f"it cannot be written: {fault}", "--output FILE"
+        ) from None
+    finally:
+        if partial.exists():
+            partial.unlink()
+
+
 def _sound(value: object) -> bool:
     """Whether all numbers within are finite and not below zero."""
     if isinstance(value, dict):

@@ -17,9 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ridgeline.errors import MachineError
 from ridgeline.machine.device import PROBED_HEAD_DIM
-from ridgeline.machine.local import local_name
+from ridgeline.machine.local import local_name, write_machine_file
 
 Times = Mapping[str, float]
 """Seconds of an action, by its name."""
@@ -226,15 +225,4 @@ def write_machine(found: list[Measured], sizes: Sizes, file: Path) -> None:
         "# device is one process with its share of the cores. What is assumed is never used:\n"
         "# there is one node.\n\n" + tomlkit.dumps({"devices": devices, "clusters": clusters})
     )
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(file)
-    except OSError as fault:
-        raise MachineError(
-            f"machine file {file}", f"it cannot be written: {fault}", "--output FILE"
-        ) from None
-    finally:
-        if partial.exists():
-            partial.unlink()
+    write_machine_file(file, text)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from ridgeline.ledger import Ledger, SentBytes, StepSeconds
 from ridgeline.ledger import Memory as StageMemory
 from ridgeline.plan.memory import Memory
-from ridgeline.plan.sent import Sent
 from ridgeline.plan.step import Step
 
 CAUSES = (
@@ -19,7 +20,7 @@ SOURCES = {
     "memory.optimizer_bytes": "master weight and two moments, over the shards from ZeRO-1 on",
     "memory.activations_bytes": "saved tensors times micro-batches in flight (arXiv:2205.05198)",
     "memory.temporary_bytes": "gathered layers, logits, one layer's backward pass",
-    "memory.framework_bytes": "2 GiB and 3%: assumed",
+    "memory.framework_bytes": "2 GiB but on a CPU, and 3%: assumed",
     "seconds.compute_s": "matrix products, attention, element-wise work: plan/block.py",
     "seconds.tensor_s": "ring all-reduces (arXiv:1909.08053)",
     "seconds.context_s": "ring of keys and values behind attention",
@@ -29,6 +30,12 @@ SOURCES = {
     "seconds.bubble_s": "fill of the pipeline and its slowest stage (arXiv:2104.04473)",
     "seconds.optimizer_s": "32 bytes per owned parameter through memory",
     "seconds.host_s": "launching kernels, and the slowest of many nodes",
+    "seconds.total_s": "the slowest stage's micro-batches and the pipeline's fill: plan/step.py",
+    "flops_per_device": "matrix products and causal attention: model/counts.py",
+    "tokens_per_s": "the global batch over the step",
+    "mfu": "model FLOPs over the step and the device's peak",
+    "energy_j": "power of devices and nodes over the run, docs/planner.md",
+    "money": "rent of all devices over the run, failures included where they are known",
     "sent.tensor_bytes": "four ring gathers or scatters per layer and pass: plan/sent.py",
     "sent.pipeline_bytes": "outputs and gradients of each chunk and micro-batch",
     "sent.data_bytes": "ring reductions once per step, and ZeRO's gathers per micro-batch",
@@ -40,13 +47,13 @@ SOURCES = {
 
 def ledger_of(
     steps: Step,
-    sending: Sent,
+    sending: Mapping[str, float],
     stages: Memory,
     row: int,
     flops_per_device: float,
     **known: float | str | None,
 ) -> Ledger:
-    """The predicted ledger of one layout: row `row` of the tables, and `stages` first to last.
+    """The predicted ledger of one layout: row `row` of `steps`, and `stages` first to last.
 
     `known`: further terms of the ledger, such as `mfu`.
     """
@@ -62,9 +69,7 @@ def ledger_of(
             "witness": "plan",
             "memory": memory,
             "seconds": StepSeconds(total_s=float(steps.total[row]), **seconds),
-            "sent": SentBytes(
-                **{f"{name}_bytes": float(getattr(sending, name)[row]) for name in AXES}
-            ),
+            "sent": SentBytes(**{f"{name}_bytes": sending[name] for name in AXES}),
             "flops_per_device": flops_per_device,
             "sources": SOURCES,
             **known,

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from ridgeline.human import DASH
 from ridgeline.machine.cluster import Cluster, cluster, clusters
+from ridgeline.machine.corrections import FACTORS, read_corrections
 from ridgeline.machine.device import Device, devices
 from ridgeline.plan.certainty import certainty
 from ridgeline.plan.constants import DeviceConstants, calibration, names_of
@@ -81,6 +82,10 @@ def describe(name: str) -> str:
     if known is not None:
         lines += ["", f"what the planner takes of it ({_evidence(device)})"]
         lines += [_line(*row) for row in _calibrated_rows(device, known)]
+    for precision, by in read_corrections(device.name).items():
+        lines += ["", *textwrap.wrap(f"corrected in {precision} by {by.source}", WIDTH)]
+        lines += [_line(f"seconds of {name}", f"x{getattr(by, name):.3f}", "measured")
+                  for name in FACTORS]  # fmt: skip
     return "\n".join(lines)
 
 

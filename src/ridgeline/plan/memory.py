@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ridgeline.plan.program import Program
+from ridgeline.plan.program_stages import stage_peaks
 from ridgeline.plan.quantities import (
     LOSS_CHUNK_TOKENS,
     SCHEDULES,
@@ -22,8 +24,10 @@ from ridgeline.plan.quantities import (
 )
 from ridgeline.plan.step import embedding_parameters, layer_parameters, shard_groups
 
+COMPONENTS = ("weights", "gradients", "optimizer", "activations", "temporary")
 FRAMEWORK_BYTES = 2.0 * 2**30
-"""Device context, communicators and libraries, which no allocator reports (assumed)."""
+"""Device context, communicators and libraries, which no allocator reports (assumed); a CPU has
+none of its own, and what Python and its libraries take is there before a run is."""
 FRAGMENTATION = 0.03
 """Share of the rest that the allocator holds without use (assumed)."""
 
@@ -56,6 +60,7 @@ def memory(task: Task, rates: Rates, layouts: Layouts) -> Memory:
     first = kept * layers / chunks * in_flight(layouts, micro_batches)
     last = kept * layers / chunks * in_flight(layouts, micro_batches, pipeline - 1)
     logits = _logits(task, layouts)
+    last = last + _halves(task, layouts) * layers / chunks
     # logits are gone before the last stage's backward pass needs its largest layer
     at_last = last + np.maximum(logits, live)
     at_first = first + live + _whole_gradient(task, layouts)
@@ -101,9 +106,9 @@ def _added_up(
     )
 
 
-def framework_bytes(used: Array) -> Array:
-    """What no tensor accounts for, where tensors take `used` bytes."""
-    return FRAMEWORK_BYTES + FRAGMENTATION * used
+def framework_bytes(used: Array, cpu: bool = False) -> Array:
+    """What no tensor accounts for, where tensors take `used` bytes of a device or of a `cpu`."""
+    return (0.0 if cpu else FRAMEWORK_BYTES) + FRAGMENTATION * used
 
 
 def _whole_gradient(task: Task, layouts: Layouts) -> Array:
@@ -116,6 +121,23 @@ def _whole_gradient(task: Task, layouts: Layouts) -> Array:
         return np.zeros_like(layouts.tensor)
     parameters = task.vocab * task.hidden * (1 - 1 / layouts.tensor)
     return np.where(layouts.zero < 2, parameters * task.whole_gradient, 0.0)
+
+
+def _halves(task: Task, layouts: Layouts) -> Array:
+    """Bytes per layer of gradients that wait for the weights' half of a split backward pass.
+
+    On the last stage, of all micro-batches in flight but one, where the schedule postpones most.
+    """
+    late = (layouts.schedule == SCHEDULES.index("zbh1")) | (
+        layouts.schedule == SCHEDULES.index("zbv")
+    )
+    rows = layouts.micro_batch * task.sequence / layouts.context
+    inner = (task.mlp_matrices - 1) * (1 - task.expert_layers) * task.ffn / layouts.tensor
+    queries = (task.heads * task.head_dim + task.keys_values) / layouts.tensor
+    hidden = (2 + 2 / layouts.tensor) * task.hidden
+    each = task.activation_bytes * rows * (inner + queries + hidden)
+    waiting = in_flight(layouts, task.global_batch / (layouts.data * layouts.micro_batch)) - 1
+    return np.where(late, task.keeps_messages * each * waiting, 0.0)
 
 
 def _logits(task: Task, layouts: Layouts) -> Array:
@@ -148,8 +170,11 @@ def layer_activations(task: Task, rates: Rates, layouts: Layouts) -> tuple[Array
     inner = size * rows * width
     # norm in and out twice, queries to values, attention out, up (and gate), activation out
     whole = 4 * hidden + queries + out + plain + masks + (gates + 1) * inner
-    # gathered, the norms' outputs are as long as the sequence
-    whole = whole + task.keeps_messages * 2 * hidden * (spread - 1)
+    # gathered, the norms' outputs are as long as the sequence; unfused, a gate's activation is kept
+    # beside its product; visits and their results, and the router's float32 copy of its input
+    visits = 2 * task.top_k * hidden + 4 * rows * task.hidden / spread - hidden
+    more = 2 * hidden * (spread - 1) + (gates - 1) * inner + experts * visits
+    whole = whole + task.keeps_messages * more
     megatron = whole - np.where(task.flash > 0, 0.0, plain)
     # every other product's output and attention's are kept, the rest is computed again
     by_product = hidden + out + 0.5 * (queries + 2 * hidden + gates * inner)
@@ -157,7 +182,8 @@ def layer_activations(task: Task, rates: Rates, layouts: Layouts) -> tuple[Array
     # the block's input and every product, those summed over tensor ranks also before they are, and
     # the gathered sequence
     messages = np.where(tensor > 1, 4 * hidden * spread, 0.0)
-    every = 3 * hidden + queries + gates * inner + messages
+    dense = (1 - experts) * size * rows * task.ffn / tensor
+    every = 3 * hidden + queries + gates * dense + messages
     selective = np.where(task.keeps_messages > 0, every, selective)
     kept = np.where(
         layouts.recompute == 2, hidden, np.where(layouts.recompute == 1, selective, whole)
@@ -185,6 +211,15 @@ def _warm(layouts: Layouts) -> Array:
     warm = np.where(chunks > 1, pipeline * chunks + pipeline - 1, pipeline)
     warm = np.where(code == SCHEDULES.index("zbv"), 2 * pipeline, warm)
     return np.where(code == SCHEDULES.index("dualpipev"), 2 * pipeline + 1, warm)
+
+
+def program_stages(program: Program, cpu: bool) -> Memory:
+    """The memory of every pipeline stage of one layout, as our own program fills it."""
+    peaks = stage_peaks(program)
+    parts = [np.array([float(peak[name]) for peak in peaks]) for name in COMPONENTS]
+    used: Array = np.sum(parts, axis=0)
+    framework = framework_bytes(used, cpu)
+    return Memory(*parts, framework, used + framework)
 
 
 def stage_memory(task: Task, rates: Rates, layout: Layouts) -> Memory:

@@ -9,21 +9,24 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ridgeline.errors import PlanError
+from ridgeline.errors import LayoutError, PlanError
 from ridgeline.layout.arithmetic import check
 from ridgeline.layout.layout import Layout
 from ridgeline.layout.trainable import is_trainable
 from ridgeline.ledger import Ledger
+from ridgeline.machine.device import is_cpu
 from ridgeline.model.counts import flops_per_token
 from ridgeline.plan import search as searching
 from ridgeline.plan.block import block
 from ridgeline.plan.certainty import UNKNOWN, certainty
 from ridgeline.plan.constants import calibration, peak
 from ridgeline.plan.cost import Cost, cost
-from ridgeline.plan.ledgers import CAUSES, ledger_of
-from ridgeline.plan.memory import Memory, memory, stage_memory
+from ridgeline.plan.ledgers import AXES, CAUSES, ledger_of
+from ridgeline.plan.memory import Memory, memory, program_stages, stage_memory
+from ridgeline.plan.program import Program, executed_flops, sent_bytes
 from ridgeline.plan.quantities import RECOMPUTES, Array, Layouts
 from ridgeline.plan.question import (
+    STACK,
     Question,
     capacity,
     physics,
@@ -110,7 +113,7 @@ class Plan:
             "asked": self.asked.json() if self.asked else None,
             "best_trainable": self.best_trainable.json() if self.best_trainable else None,
             "baseline_s": self.baseline_s,
-            "assumed": list(self.question.notes),
+            "assumed": list(self.question.assumed),
             "space": self.space,
             "arithmetic_ok": self.arithmetic_ok,
             "memory_ok": self.memory_ok,
@@ -141,16 +144,14 @@ def plan(
     if layout:
         check(layout, asked.shape, asked.sequence, asked.global_batch, asked.devices)
     ranked = different(found, objective)
-    rows = np.array(ranked[:top], dtype=np.intp)
-    pool = _priced(
-        asked, found.layouts.take(rows), found.steps.take(rows), found.memories.take(rows)
-    )
+    rows, pool = _that_fit(asked, found, ranked, top)
     if any(_cost(each, rank) is None for each in pool):
         raise PlanError(
             f"ranking by {rank}",
             "the training tokens, or the price or power of a device, are not known",
             "--tokens and --price-per-hour" if rank == "money" else "--tokens, or --rank time",
         )
+    best = next((each for each in pool if each.trainable), None)
     pool.sort(key=lambda each: _key(each, rank))
     own = price(asked, [layout])[0] if layout else None
     return Plan(
@@ -159,8 +160,8 @@ def plan(
         rank,
         own,
         _fitting(asked, own.layout) if own and not own.fits else None,
-        _best_trainable(asked, found, ranked),
-        _totals(asked, found.steps, int(rows[0]), pool[0].mfu),
+        best or _best_trainable(asked, found, ranked),
+        _totals(asked, found.steps, rows[0], pool[0].mfu),
         _flops(asked, "full") / asked.devices / NAIVE_SHARE / peak(asked.cluster, asked.precision),
         found.space,
         found.arithmetic_ok,
@@ -211,9 +212,18 @@ def _priced(asked: Question, table: Layouts, steps: Step, memories: Memory) -> l
         layout = table.layout(row, asked.precision)
         seconds = float(steps.total[row])
         mfu = causal / seconds / at_peak
-        some = float(rates.selective_matrix)
-        again = {"none": 0.0, "selective": some, "full": 1.0}[layout.recompute]
-        hfu = mfu * (1 + again / 3 * (1 - head / causal))
+        trains = is_trainable(layout, asked.shape, asked.sequence)
+        program = _program(asked, layout) if trains else None
+        if program is None:
+            some = float(rates.selective_matrix)
+            again = {"none": 0.0, "selective": some, "full": 1.0}[layout.recompute]
+            hfu = mfu * (1 + again / 3 * (1 - head / causal))
+            stages = stage_memory(task, rates, table.take(np.array([row])))
+            crossing = {axis: float(getattr(sending, axis)[row]) for axis in AXES}
+        else:
+            hfu = mfu * (1 + executed_flops(program)[1] / causal)
+            stages = program_stages(program, is_cpu(device))
+            crossing = sent_bytes(program)
         total = _totals(asked, steps, row, mfu)
         train_s = None if total is None else total.wall_s or total.train_s
         currency = total.currency if total and total.rent is not None else None
@@ -229,31 +239,43 @@ def _priced(asked: Question, table: Layouts, steps: Step, memories: Memory) -> l
         }
         ledger = ledger_of(
             steps,
-            sending,
-            stage_memory(task, rates, table.take(np.array([row]))),
+            crossing,
+            stages,
             row,
             causal / asked.devices,
             hardware_flops_per_device=causal / asked.devices * hfu / mfu,
             goodput=total.goodput if total else None,
             **shared,
         )
+        fullest = float((memories.total[row] if program is None else stages.total).max())
         busiest = max(CAUSES, key=lambda name: float(getattr(steps, name)[row]))
         planned.append(
             Planned(
                 layout=layout,
                 step_s=seconds,
                 interval_s=(float(low[row]), float(high[row])),
-                memory_bytes=float(memories.total[row]),
+                memory_bytes=fullest,
                 capacity_bytes=capacity(asked),
-                fits=bool(memories.total[row] <= usable(asked)),
+                fits=fullest <= usable(asked),
                 bound_by=busiest,
                 extrapolated=bool(stretch[row] > 1),
-                trainable=is_trainable(layout, asked.shape, asked.sequence),
+                trainable=trains,
                 ledger=ledger,
                 **shared,
             )
         )
     return planned
+
+
+def _program(asked: Question, layout: Layout) -> Program | None:
+    """What our own program does with a layout; None for other stacks, and what cannot be run."""
+    if asked.stack != STACK:
+        return None
+    try:
+        check(layout, asked.shape, asked.sequence, asked.global_batch, asked.devices)
+    except LayoutError:
+        return None
+    return Program(asked.shape, layout, asked.sequence, asked.global_batch)
 
 
 def _totals(asked: Question, steps: Step, row: int, mfu: float) -> Cost | None:
@@ -306,12 +328,37 @@ def _fitting(asked: Question, own: Layout) -> Planned | None:
     return min(fits, key=changes, default=None)
 
 
+def _that_fit(
+    asked: Question, found: Found, ranked: Sequence[int], top: int
+) -> tuple[list[int], list[Planned]]:
+    """The first of the ranked rows that fit stage by stage too, which the search knew roughly.
+
+    Raises PlanError where none does.
+    """
+    rows, pool = [], []
+    for row in ranked:
+        one = np.array([row])
+        (each,) = _priced(
+            asked, found.layouts.take(one), found.steps.take(one), found.memories.take(one)
+        )
+        if each.fits:
+            rows.append(row)
+            pool.append(each)
+        if len(pool) == top:
+            break
+    if not pool:
+        raise too_small(asked, found)
+    return rows, pool
+
+
 def _best_trainable(asked: Question, found: Found, ranked: Sequence[int]) -> Planned | None:
     """The first of the ranked layouts that today's trainer can run."""
     for row in ranked:
         layout = found.layouts.layout(row, asked.precision)
         if is_trainable(layout, asked.shape, asked.sequence):
-            return price(asked, [layout])[0]
+            (each,) = price(asked, [layout])
+            if each.fits:
+                return each
     return None
 
 

@@ -23,7 +23,7 @@ def table(plan: Plan) -> str:
         f"{asked.shape.name} on {asked.devices:,} {asked.cluster.device.name} ({asked.cluster.name}"
         f"), batch {asked.global_batch:,} x {asked.sequence:,} tokens, {asked.precision}, "
         f"{'no budget' if asked.tokens is None else f'{short(float(asked.tokens))} tokens'}",
-        *(f"assumed: {note}" for note in asked.notes),
+        *(f"assumed: {note}" for note in asked.assumed),
         "",
         HEAD,
     ]

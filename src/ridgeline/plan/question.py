@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import get_args
 
@@ -12,6 +13,7 @@ from ridgeline.errors import PlanError, RunError
 from ridgeline.human import short
 from ridgeline.layout.layout import Layout, Precision
 from ridgeline.machine.cluster import MOST_DEVICES, Cluster, cluster, parse_devices
+from ridgeline.machine.corrections import Correction, read_corrections
 from ridgeline.machine.local import LOCAL, local_name, local_processes
 from ridgeline.model.counts import parameters
 from ridgeline.model.shape import ModelShape
@@ -45,6 +47,19 @@ class Question:
     prices: Prices = field(default_factory=Prices)
     notes: tuple[str, ...] = ()
     """What was assumed."""
+    corrections: Mapping[str, Correction] = field(default_factory=dict)
+    """By precision, of the machine's constants under our own stack: from the user's folder."""
+
+    @property
+    def correction(self) -> Correction | None:
+        """That of the precision and the stack asked for."""
+        return self.corrections.get(self.precision) if self.stack == STACK else None
+
+    @property
+    def assumed(self) -> tuple[str, ...]:
+        """The notes, and by what the machine's constants were corrected."""
+        by = self.correction
+        return (*self.notes, f"constants corrected by {by.source}") if by else self.notes
 
 
 def question(
@@ -95,7 +110,7 @@ def question(
         )
     return Question(
         shape, machine, devices, sequence, sequences, tokens, _precision(machine, precision),
-        stack, prices or Prices(), tuple(notes),
+        stack, prices or Prices(), tuple(notes), read_corrections(machine.device.name),
     )  # fmt: skip
 
 
@@ -121,6 +136,7 @@ def question_of_run(run: Run, on: str | None = None, prices: Prices | None = Non
     return Question(
         run.model, machine, devices, run.sequence, run.global_batch, tokens,
         _precision(machine, None if asked == "auto" else asked), STACK, prices or Prices(),
+        corrections=read_corrections(machine.device.name),
     )  # fmt: skip
 
 
@@ -144,10 +160,30 @@ def physics(asked: Question) -> tuple[Task, Rates]:
     """What the layouts of a question are priced with. Raises MachineError."""
     task = task_of(asked.shape, asked.sequence, asked.global_batch, precision=asked.precision)
     if asked.cluster.device.effective:
-        return task, measured_rates(asked.cluster, asked.devices, asked.stack, asked.precision)
-    rates = rates_of([asked.cluster], [asked.stack], [asked.precision], [False], calibration())
-    scalars = {name: np.float64(value[0]) for name, value in rates.__dict__.items()}
-    return task, Rates(**scalars)  # type: ignore[arg-type]
+        rates = measured_rates(asked.cluster, asked.devices, asked.stack, asked.precision)
+    else:
+        table = rates_of([asked.cluster], [asked.stack], [asked.precision], [False], calibration())
+        scalars = {name: np.float64(value[0]) for name, value in table.__dict__.items()}
+        rates = Rates(**scalars)  # type: ignore[arg-type]
+    return task, corrected(rates, asked.correction) if asked.correction else rates
+
+
+def corrected(rates: Rates, by: Correction) -> Rates:
+    """`rates` with the factors of a correction: each multiplies the seconds that it is of."""
+    return replace(
+        rates,
+        matrix=rates.matrix / by.compute,
+        matrix_16=rates.matrix_16 / by.compute,
+        attention=rates.attention / by.compute,
+        memory=rates.memory / by.compute,
+        host=rates.host * by.compute,
+        near=rates.near / by.link,
+        link=rates.link / by.link,
+        link_latency=rates.link_latency * by.link,
+        port=rates.port / by.port,
+        port_latency=rates.port_latency * by.port,
+        update=rates.update * by.update,
+    )
 
 
 def usable(asked: Question) -> float:

@@ -26,18 +26,8 @@ class Difference:
 
 def differences_of(found: Rehearsal) -> list[Difference]:
     """Those that matter to a run."""
-    run, layout = found.run, found.layout
-    rows = []
-    if run.model.norm == "rmsnorm" or run.model.qk_norm:
-        rows.append(
-            Difference(
-                "RMSNorm",
-                "PyTorch's parts, in the order of a CPU",
-                "one fused kernel that keeps its input and a number per row",
-                "PyTorch 2.13, aten/src/ATen/native/layer_norm.cpp",
-            )
-        )
-    rows.append(
+    layout = found.layout
+    rows = [
         Difference(
             "attention",
             "the CPU's flash kernel: q, k, v, output and a float32 number per row and head",
@@ -45,7 +35,7 @@ def differences_of(found: Rehearsal) -> list[Difference]:
             + (", in bf16 and fp16; in fp32 another kernel" if layout.precision == "fp32" else ""),
             "PyTorch 2.13, derivatives.yaml",
         )
-    )
+    ]
     if layout.compile:
         rows.append(
             Difference(

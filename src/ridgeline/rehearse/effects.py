@@ -9,12 +9,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 from ridgeline.layout.schedules import Action
 from ridgeline.layout.transfers import Step
-from ridgeline.train.messages import Message
 from ridgeline.train.tracker import Mark, Tracker
 
 
@@ -32,6 +30,10 @@ class Context(NamedTuple):
     over copies with the first ones, and the one before that with the second."""
     last: bool = False
     """Whether it gives the step's last gradients of the chunk."""
+    first_forward: bool = False
+    """Whether FSDP2 takes it for the backward pass of the step's first forward pass, before which
+    it gathers nothing ahead: it matches the latest forward pass that has none yet, whichever
+    micro-batch that was of."""
 
 
 def contexts(steps: Iterable[Step]) -> Iterator[tuple[Action, Context]]:
@@ -41,35 +43,57 @@ def contexts(steps: Iterable[Step]) -> Iterator[tuple[Action, Context]]:
     whole = dict(left)
     slots = {chunk: slot for slot, chunk in enumerate(sorted(whole))}
     before: dict[int, str] = {}
+    forwards: Counter[int] = Counter()
+    unmatched: dict[int, list[int]] = {chunk: [] for chunk in whole}
     for action in actions:
         kind, chunk, _ = action
+        first_forward = False
+        if kind == "F":
+            unmatched[chunk].append(forwards[chunk])
+            forwards[chunk] += 1
+        elif kind in "BI":
+            first_forward = unmatched[chunk].pop() == 0
         gradients, last = 0, False
         if kind in "BW":
             gradients, last = min(2, whole[chunk] - left[chunk]), left[chunk] == 1
             left[chunk] -= 1
-        yield action, Context(kind, slots[chunk], before.get(chunk), gradients, last)
+        after = before.get(chunk)
+        yield action, Context(kind, slots[chunk], after, gradients, last, first_forward)
         before[chunk] = kind
 
 
 def enough(steps: Sequence[Step]) -> list[int]:
     """Micro-batches whose actions alone show every context of `steps`.
 
-    With each new context come its micro-batch and that of the chunk's action before, which then
-    stand side by side in the shorter list too. Then those go without which all is still shown.
+    Those at both ends, more and more of them; then those go without which all is still shown.
     """
-    seen: set[Context] = set()
-    before: dict[int, int] = {}
-    chosen: set[int] = set()
-    for action, context in contexts(steps):
-        if context not in seen:
-            seen.add(context)
-            chosen |= {action.micro_batch, before.get(action.chunk, action.micro_batch)}
-        before[action.chunk] = action.micro_batch
-    for micro_batch in sorted(chosen, reverse=True):
-        fewer = chosen - {micro_batch}
-        if seen <= {context for _, context in contexts(only(steps, sorted(fewer)))}:
-            chosen = fewer
-    return sorted(chosen)
+    wanted = {context for _, context in contexts(steps)}
+    every = sorted({step.micro_batch for step in steps})
+    ends = 1
+    while not wanted <= _shown(only(steps, _both_ends(every, ends))):
+        ends *= 2
+    chosen = _both_ends(every, ends)
+    short = only(steps, chosen)
+    size = len(chosen) // 2
+    while size:  # without halves, then quarters, down to single ones
+        start = 0
+        while start < len(chosen):
+            others = [i for i in range(len(chosen)) if not start <= i < start + size]
+            fewer = only(short, others)
+            if others and wanted <= _shown(fewer):
+                short, chosen = fewer, [chosen[each] for each in others]
+            else:
+                start += size
+        size //= 2
+    return chosen
+
+
+def _shown(steps: Iterable[Step]) -> set[Context]:
+    return {context for _, context in contexts(steps)}
+
+
+def _both_ends(values: Sequence[int], count: int) -> list[int]:
+    return sorted({*values[:count], *values[-count:]})
 
 
 def only(steps: Sequence[Step], micro_batches: Sequence[int]) -> tuple[Step, ...]:
@@ -93,17 +117,11 @@ class Effect:
     """By kind of module, attention counted causally."""
     again: float
     """FLOPs among them that backward does a second time."""
-    messages: tuple[Message, ...]
-    kernels: int
-
-    @cached_property
-    def by_axis(self) -> tuple[tuple[str, int, float], ...]:
-        """(axis, calls, bytes sent) of its messages."""
-        calls: Counter[str] = Counter(message.axis for message in self.messages)
-        return tuple(
-            (axis, count, sum(m.sent_bytes for m in self.messages if m.axis == axis))
-            for axis, count in calls.items()
-        )
+    calls: Mapping[str, float]
+    """Messages by axis."""
+    sent_bytes: Mapping[str, float]
+    """By axis."""
+    kernels: float
 
 
 def effect_between(tracker: Tracker, start: Mark, end: Mark, shared: set[int]) -> Effect:
@@ -122,12 +140,18 @@ def effect_between(tracker: Tracker, start: Mark, end: Mark, shared: set[int]) -
     flops: Counter[str] = Counter()
     for work in tracker.work[start.work : end.work]:
         flops[work.kind] += work.flops  # type: ignore[assignment]
+    calls: Counter[str] = Counter()
+    sent: Counter[str] = Counter()
+    for message in tracker.messages[start.messages : end.messages]:
+        calls[message.axis] += 1
+        sent[message.axis] += message.sent_bytes  # type: ignore[assignment]
     return Effect(
         net={owner: more for owner, more in now.items() if more},
         peak_bytes=most,
         at_peak=at_peak,
         flops=dict(flops),
         again=sum(work.flops for work in tracker.work[start.work : end.work] if work.again),
-        messages=tuple(tracker.messages[start.messages : end.messages]),
+        calls=calls,
+        sent_bytes=sent,
         kernels=end.kernels - start.kernels,
     )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import resource
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -21,8 +23,10 @@ from ridgeline.model.decoder import Decoder
 from ridgeline.plan.memory import framework_bytes
 from ridgeline.plan.plan import plan_run
 from ridgeline.plan.question import Question, capacity, question_of_run, usable
+from ridgeline.rehearse.deep import DEEP, TRACED, extrapolated
 from ridgeline.rehearse.effects import contexts
 from ridgeline.rehearse.findings import findings_of
+from ridgeline.rehearse.fused import on_cpu
 from ridgeline.rehearse.replay import Moment, Replay, replay
 from ridgeline.rehearse.trace import Live, Program, Trace, trace
 from ridgeline.run import Run
@@ -126,7 +130,7 @@ def rehearse(
         rank = RankGrid(layout).rank(pipeline=place)
         seen = traces.of(place, rank, steps)
         done = replay(steps, seen, len(traces.cuts), micro_batches_of(run, layout))
-        stages.append(_stage(place, rank, done, seen, traces.layers(place)))
+        stages.append(_stage(place, rank, done, seen, traces.layers(place), on_cpu(run)))
     known = list(traces.by_kind.values())
     return Rehearsal(
         run=run,
@@ -138,7 +142,7 @@ def rehearse(
         ledger=ledger_of(stages),
         traced=f"{traces.count} of {len(every)} stages traced, by up to "
         f"{max(each.micro_batches for each in known)} of {micro_batches_of(run, layout)} "
-        "micro-batches; the rest put together from their actions",
+        "micro-batches; the rest put together from their actions" + traces.deep,
         seconds=time.perf_counter() - started,
         rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
@@ -154,6 +158,7 @@ class _Traces:
         self.cuts = chunks_of(layout, run.model, run.sequence)
         self.by_kind: dict[object, Trace] = {}
         self.count = 0
+        self.deep = ""
 
     def of(self, place: int, rank: int, steps: Sequence[Step]) -> Trace:
         """A trace that shows every context of `steps`."""
@@ -162,11 +167,23 @@ class _Traces:
         wanted = {context for _, context in contexts(steps)}
         if known is None or not wanted <= known.effects.keys():
             self.count += 1
-            new = trace(self.run, self.program, rank, steps)
+            new = self._trace(place, rank, steps)
             if known is not None:
                 new = replace(new, effects={**known.effects, **new.effects})
             self.by_kind[kind] = new
         return self.by_kind[kind]
+
+    def _trace(self, place: int, rank: int, steps: Sequence[Step]) -> Trace:
+        """A stage of few layers whole; of one chunk with many, some of them."""
+        traced = partial(trace, self.run, self.program, rank, steps)
+        (deepest, *others) = sorted(self._chunks(place), key=lambda chunk: -len(chunk.layers))
+        layers = Counter(self._routed(deepest)).most_common(1)[0][1]
+        if not others and layers >= DEEP:
+            found = extrapolated(layers, traced)
+            if found is not None:
+                self.deep = f"; {TRACED[-1]} of {layers} layers of a stage traced"
+                return found
+        return traced()
 
     def layers(self, place: int) -> int:
         """Layers of the model that lie on a stage."""
@@ -177,8 +194,10 @@ class _Traces:
         return [chunk for chunk in self.cuts if ranks[chunk.index] == place]
 
     def _kind(self, chunk: Chunk) -> object:
-        routed = tuple(self.run.model.experts_at(layer) is not None for layer in chunk.layers)
-        return chunk.first, chunk.last, routed
+        return chunk.first, chunk.last, self._routed(chunk)
+
+    def _routed(self, chunk: Chunk) -> tuple[bool, ...]:
+        return tuple(self.run.model.experts_at(layer) is not None for layer in chunk.layers)
 
 
 def micro_batches_of(run: Run, layout: Layout) -> int:
@@ -217,10 +236,10 @@ def _known(size: float) -> float | None:
     return size if size < float("inf") else None
 
 
-def _stage(place: int, rank: int, done: Replay, seen: Trace, layers: int) -> Stage:
+def _stage(place: int, rank: int, done: Replay, seen: Trace, layers: int, cpu: bool) -> Stage:
     peak = done.peak
     parts: dict[str, float] = {name: float(peak.bytes_by_owner.get(name, 0)) for name in OWNERS}
-    parts["framework"] = float(framework_bytes(np.array(float(peak.total))))
+    parts["framework"] = float(framework_bytes(np.array(float(peak.total)), cpu))
     sums = done.sums
     return Stage(
         stage=place,
@@ -232,9 +251,9 @@ def _stage(place: int, rank: int, done: Replay, seen: Trace, layers: int) -> Sta
         flops=sum(sums.flops.values()),
         flops_by_module=dict(sums.flops),
         flops_again=sums.again,
-        calls=dict(sums.calls),
+        calls={axis: round(count) for axis, count in sums.calls.items()},
         sent_bytes=dict(sums.sent_bytes),
-        kernels=sums.kernels,
+        kernels=round(sums.kernels),
         timeline=done.timeline,
         largest=seen.largest,
     )
@@ -246,7 +265,7 @@ SOURCES = {
     "memory.optimizer_bytes": "storages of parameters at rest, and of the optimizer's state",
     "memory.activations_bytes": "storages born in a forward pass and alive at its end",
     "memory.temporary_bytes": "all other storages that are alive at the peak",
-    "memory.framework_bytes": "2 GiB and 3%: assumed, as planned",
+    "memory.framework_bytes": "2 GiB but on a CPU, and 3%: assumed, as planned",
     "flops_per_device": "operations traced, mean over stages, without what is done again",
     "hardware_flops_per_device": "operations traced, mean over stages",
     "kernels": "operations traced, of the stage that has most",

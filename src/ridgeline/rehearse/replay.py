@@ -11,10 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ridgeline.layout.schedules import Action
-from ridgeline.layout.transfers import Step, Transfer
+from ridgeline.layout.transfers import MOST_LEAVING, Step, Transfer
 from ridgeline.rehearse.effects import Effect, contexts
 from ridgeline.rehearse.trace import AFTER, BEFORE, Trace
-from ridgeline.train.pipeline import MOST_LEAVING
 
 
 @dataclass
@@ -23,7 +22,7 @@ class Sums:
 
     flops: Counter[str] = field(default_factory=Counter)
     again: float = 0.0
-    kernels: int = 0
+    kernels: float = 0
     calls: Counter[str] = field(default_factory=Counter)
     sent_bytes: Counter[str] = field(default_factory=Counter)
 
@@ -183,6 +182,5 @@ def _add(sums: Sums, effect: Effect) -> None:
     sums.flops.update(effect.flops)
     sums.again += effect.again
     sums.kernels += effect.kernels
-    for axis, count, sent in effect.by_axis:
-        sums.calls[axis] += count
-        sums.sent_bytes[axis] += sent  # type: ignore[assignment]
+    sums.calls.update(effect.calls)
+    sums.sent_bytes.update(effect.sent_bytes)

@@ -24,11 +24,13 @@ from torch.distributed.tensor import DTensor
 
 from ridgeline.data.mixture import Mixture
 from ridgeline.layout.layout import Layout
-from ridgeline.layout.stages import chunks_of
+from ridgeline.layout.stages import Chunk, chunks_of
 from ridgeline.layout.transfers import Step
+from ridgeline.model.shape import ModelShape
 from ridgeline.rehearse.effects import Context, Effect, contexts, effect_between, enough, only
+from ridgeline.rehearse.fused import fuse, on_cpu
 from ridgeline.run import Run
-from ridgeline.torch_compat import FakeTensorMode, fake_process_group
+from ridgeline.torch_compat import FakeTensorMode, fake_process_group, settle_shards
 from ridgeline.train.agreement import Agreement
 from ridgeline.train.build import (
     MakeDecoder,
@@ -143,9 +145,24 @@ class _Nobody(Agreement):
         return False, 0.0
 
 
+def fewer(chunk: Chunk, shape: ModelShape, most: int | None) -> Chunk:
+    """A chunk without the layers beyond `most` of the kind, dense or routed, it has more of."""
+    if most is None:
+        return chunk
+    kinds = Counter(shape.experts_at(layer) is not None for layer in chunk.layers)
+    common = kinds.most_common(1)[0][0]
+    often = [layer for layer in chunk.layers if (shape.experts_at(layer) is not None) == common]
+    return replace(chunk, layers=[n for n in chunk.layers if n not in often[most:]])
+
+
 @contextmanager
-def stage(run: Run, program: Program, rank: int) -> Iterator[tuple[Job, Tracker, Owners]]:
-    """Rank `rank` of a run, resolved, ready to train on fake tensors, and who watches it."""
+def stage(
+    run: Run, program: Program, rank: int, most_layers: int | None = None
+) -> Iterator[tuple[Job, Tracker, Owners]]:
+    """Rank `rank` of a run, resolved, ready to train on fake tensors, and who watches it.
+
+    `most_layers` of a kind lie on each chunk, where that is given.
+    """
     layout = run.layout
     assert isinstance(layout, Layout)
     device = torch.device("cpu")
@@ -155,15 +172,18 @@ def stage(run: Run, program: Program, rank: int) -> Iterator[tuple[Job, Tracker,
         chunks: dict[int, nn.Module] = {}
         for chunk in chunks_here(mesh, cuts):
             model = without_memory(program.decoder, run.model)
-            divide(model, run.model, mesh, chunk, len(cuts))
+            divide(model, run.model, mesh, fewer(chunk, run.model, most_layers), len(cuts))
             for mixture in mixtures([model]):
                 if isinstance(mixture.exchange, ExpertExchange):
                     mixture.exchange = EvenExchange(mixture.exchange.group)
             chunks[chunk.index] = model
+        if not on_cpu(run):
+            fuse(chunks.values())
         tracker = Tracker(groups_of(mesh), fake=True)
         with FakeTensorMode(allow_non_fake_inputs=True), tracker.watching(chunks.values()):
             for model in chunks.values():
                 to_empty(model, device)
+                settle_shards(model)
             clock = Clock()
             pipeline = pipeline_of(run, mesh, chunks, len(cuts), clock)
             owners = Owners(tracker, pipeline)
@@ -199,12 +219,19 @@ def of_micro_batches(run: Run, count: int, steps: int = 1) -> Run:
     return run.model_copy(update={"schedule": schedule, "budget": budget})
 
 
-def trace(run: Run, program: Program, rank: int, every: Sequence[Step]) -> Trace:
+def trace(
+    run: Run,
+    program: Program,
+    rank: int,
+    every: Sequence[Step],
+    most_layers: int | None = None,
+) -> Trace:
     """Trace a step of `rank`, by as many micro-batches of `every` as show all there is."""
     started = time.perf_counter()
     chosen = enough(every)
     short = only(every, chosen)
-    with stage(of_micro_batches(run, len(chosen)), program, rank) as (job, tracker, owners):
+    few = of_micro_batches(run, len(chosen))
+    with stage(few, program, rank, most_layers) as (job, tracker, owners):
         job.pipeline.steps = lambda *_: short
         make_state(job.optimizer)
         owners.moments(job.optimizer)

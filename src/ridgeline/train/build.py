@@ -116,8 +116,11 @@ def chunks_here(mesh: Mesh, cuts: Sequence[Chunk]) -> list[Chunk]:
 
 
 def divide(model: nn.Module, shape: ModelShape, mesh: Mesh, chunk: Chunk, count: int) -> None:
-    """Make a whole decoder this rank's part of `chunk`, one of `count`, in place."""
-    if count > 1:
+    """Make a whole decoder this rank's part of `chunk`, one of `count`, in place.
+
+    A rehearsal leaves out layers that only repeat.
+    """
+    if count > 1 or len(chunk.layers) < shape.layers:
         cut(model, chunk)
     parallelize(model, shape, mesh)
 

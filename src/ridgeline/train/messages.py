@@ -47,6 +47,14 @@ AXES: Final[Mapping[str, MessageAxis]] = {
     "replicate": "data", "shard": "data", "expert_replicate": "data", "data": "data",
 }  # fmt: skip
 """Axes of the meshes, as the ledger counts them: copies and shards are both data parallel."""
+WITHIN_REPLICAS: Final = ("data", "context", "expert")
+ONLY: Final[Mapping[str, MessageAxis]] = {
+    "c10d::alltoall_base_": "expert",
+    "_c10d_functional::all_to_all_single": "context",
+    "c10d::send": "context",
+    "c10d::recv_": "context",
+}
+"""The one of these axes that says so."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +114,10 @@ def message_of(
     whole = max(tensors)
     if name == "_c10d_functional::all_gather_into_tensor":
         whole *= group.size()
-    return Message(groups[group.group_name], kind, whole, group.size())
+    axis = groups[group.group_name]
+    if axis in WITHIN_REPLICAS:  # where these axes have the same ranks, they have one group
+        axis = ONLY.get(name, axis)
+    return Message(axis, kind, whole, group.size())
 
 
 def _group(arguments: tuple[Any, ...]) -> dist.ProcessGroup:

@@ -20,17 +20,13 @@ from torch.distributed.fsdp import FSDPModule
 from ridgeline.errors import LayoutError
 from ridgeline.layout.layout import Layout
 from ridgeline.layout.schedules import Action, schedule_of
-from ridgeline.layout.transfers import Step, Transfer, with_transfers
+from ridgeline.layout.transfers import MOST_LEAVING, Step, Transfer, with_transfers
 from ridgeline.torch_compat import input_half, reduce_now, unshard, weight_half
 
 LossOf = Callable[[Tensor, int], Tensor]
 """(output of the last chunk, micro-batch) -> what is differentiated and summed."""
 Key = tuple[str, int, int]
 """What is handed over (F hidden states, B their gradient), to which chunk, for which micro-batch"""
-
-
-MOST_LEAVING = 8
-"""Sends that a rank has under way."""
 
 
 class Kept(NamedTuple):

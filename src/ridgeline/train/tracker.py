@@ -97,8 +97,9 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs)  # on whole shapes
         out = self._without_values(func, args, kwargs) if self.fake else func(*args, **kwargs)
         self._count(func, args, kwargs, out)
-        constant = func.name() == "aten::lift_fresh"  # a number of the program, often kept for good
-        for leaf in () if constant else tree_leaves(out):
+        # A number of the program, often kept for good; or what went over the network, and was here.
+        known = func.name() == "aten::lift_fresh" or func.namespace == "c10d"
+        for leaf in () if known else tree_leaves(out):
             if type(leaf) in self.seen and leaf.device.type != "meta":
                 self.see(leaf, func)
         return out
