@@ -48,7 +48,7 @@ from ridgeline.train.worker import Outcome
 
 MakeRun = Callable[..., Run]
 LAPTOP = Host(torch.device("cpu"), devices=0, cores=2, numa_domains=1, bf16=None)
-TIMED = {"tokens_per_s", "memory_bytes", "step_s", "seconds", "mfu"}
+TIMED = {"tokens_per_s", "memory_bytes", "step_s", "seconds", "mfu", "time", "start_s"}
 
 
 def trained(run: Run) -> object:

@@ -61,14 +61,14 @@ def work(
     decoder: MakeDecoder,
     loss: LossFunction,
     make_optimizer: MakeOptimizer,
-    began: float,
+    began: float | None = None,
     stop: StopFlag | None = None,
 ) -> Outcome:
     """Train `run`, resolved, as the rank that the environment says this process is.
 
-    `began`: Unix time since which the command, or this process, runs.
+    `began`: Unix time since which the command, or this process, runs; left out: now.
     """
-    before = held()
+    before, began = held(), time.time() if began is None else began
     stop = stop or threading.Event()
     # The fork server loaded torch with threads for all cores; each worker takes its share.
     torch.set_num_threads(threads_per_process(local_processes()))
