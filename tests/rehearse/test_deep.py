@@ -15,12 +15,12 @@ from ridgeline.train.pipeline import steps_of
 
 @pytest.mark.parametrize("sentence", ["mb1 bf16", "tp2 dp2 zero3 mb1 full bf16"])
 def test_layers_that_only_repeat_add_the_same_each(sentence: str) -> None:
-    run = run_of(MODEL | {"layers": 11}, sentence, 2)
+    run = run_of(MODEL | {"layers": 13}, sentence, 2)
     layout = run.layout
     assert isinstance(layout, Layout)
     steps = steps_of(layout, 0, 2, True)
     whole = replay(steps, trace(run, PROGRAM, 0, steps), 1, 2)
-    seen = extrapolated(11, lambda most: trace(run, PROGRAM, 0, steps, most))
+    seen = extrapolated(13, lambda most: trace(run, PROGRAM, 0, steps, most))
     assert seen is not None
     line = replay(steps, seen, 1, 2)
     assert [moment.total for moment in line.timeline] == [m.total for m in whole.timeline]

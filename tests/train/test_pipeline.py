@@ -15,6 +15,7 @@ from ridgeline.launch.pool import Pool
 from ridgeline.layout.layout import Layout, Schedule
 from ridgeline.layout.schedules import Action
 from ridgeline.layout.stages import chunks_of
+from ridgeline.layout.transfers import MOST_LEAVING
 from ridgeline.model.decoder import Decoder
 from ridgeline.model.shape import ModelShape
 from ridgeline.run import Run
@@ -22,7 +23,7 @@ from ridgeline.train.build import make_job
 from ridgeline.train.checkpoint import Progress
 from ridgeline.train.loop import train_loop
 from ridgeline.train.optimizer import adamw
-from ridgeline.train.pipeline import MOST_LEAVING, steps_of
+from ridgeline.train.pipeline import steps_of
 from ridgeline.train.vocabulary import token_loss
 from ridgeline.train.worker import process_group
 

@@ -219,7 +219,9 @@ def program_stages(program: Program, cpu: bool) -> Memory:
     parts = [np.array([float(peak[name]) for peak in peaks]) for name in COMPONENTS]
     used: Array = np.sum(parts, axis=0)
     framework = framework_bytes(used, cpu)
-    return Memory(*parts, framework, used + framework)
+    return Memory(
+        **dict(zip(COMPONENTS, parts, strict=True)), framework=framework, total=used + framework
+    )
 
 
 def stage_memory(task: Task, rates: Rates, layout: Layouts) -> Memory:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, Literal
@@ -219,6 +219,7 @@ def _priced(asked: Question, table: Layouts, steps: Step, memories: Memory) -> l
             again = {"none": 0.0, "selective": some, "full": 1.0}[layout.recompute]
             hfu = mfu * (1 + again / 3 * (1 - head / causal))
             stages = stage_memory(task, rates, table.take(np.array([row])))
+            crossing: Mapping[str, float]
             crossing = {axis: float(getattr(sending, axis)[row]) for axis in AXES}
         else:
             hfu = mfu * (1 + executed_flops(program)[1] / causal)

@@ -8,7 +8,7 @@ same, and `bench/plan_against_rehearsal.py` lays both side by side.
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -124,8 +124,7 @@ class Program:
     def counted(self) -> int:
         """Micro-batches after which a step only repeats itself; all of them where that is less."""
         stages = self.layout.pipeline
-        warm = stages if self.layout.interleave == 1 else 2 * stages
-        most = warm + -(-MOST_LEAVING // stages) * stages
+        most = max(2, 1 + -(-MOST_LEAVING // stages)) * stages
         repeats = self.layout.schedule != "gpipe" and self.micro_batches > most
         return most if repeats else self.micro_batches
 
@@ -256,16 +255,16 @@ def sent_bytes(program: Program) -> Mapping[str, float]:
     }
 
 
-def _sent(program: Program, stage: int) -> Counter[str]:
-    found: Counter[str] = Counter()
+def _sent(program: Program, stage: int) -> defaultdict[str, float]:
+    found: defaultdict[str, float] = defaultdict(float)
     layers = 0
     for chunk in program.chunks(stage):
         layers += len(chunk.layers)
-        units = [(program.root(chunk), None)]
+        units = [program.root(chunk)]
         for layer in chunk.layers:
-            units += [(unit, layer) for unit in program.units(layer)]
+            units += program.units(layer)
             _layer(program, layer, found)
-        for unit, _ in units:
+        for unit in units:
             _reductions(program, unit, found)
         _ends(program, chunk, found)
     replicas, shards = shard_sizes(program.layout)
@@ -278,7 +277,7 @@ def _sent(program: Program, stage: int) -> Counter[str]:
     return found
 
 
-def _reductions(program: Program, unit: Unit, found: Counter[str]) -> None:
+def _reductions(program: Program, unit: Unit, found: defaultdict[str, float]) -> None:
     """A unit's gathers and reductions over data and tensor ranks."""
     zero, micro_batches = program.layout.zero, program.micro_batches
     times = micro_batches if zero >= 2 else 1
@@ -291,7 +290,7 @@ def _reductions(program: Program, unit: Unit, found: Counter[str]) -> None:
     found["tensor"] += times * 2 * ring(width * summed, program.layout.tensor)
 
 
-def _layer(program: Program, layer: int, found: Counter[str]) -> None:
+def _layer(program: Program, layer: int, found: defaultdict[str, float]) -> None:
     """A block's messages within its replica, of all micro-batches."""
     shape, layout, width = program.shape, program.layout, program.width
     tensor, context, micro_batches = layout.tensor, layout.context, program.micro_batches
@@ -328,7 +327,7 @@ def _layer(program: Program, layer: int, found: Counter[str]) -> None:
             found["context"] += 2 * ring(whole, context)
 
 
-def _ends(program: Program, chunk: Chunk, found: Counter[str]) -> None:
+def _ends(program: Program, chunk: Chunk, found: defaultdict[str, float]) -> None:
     """What embedding, head and loss send over tensor ranks."""
     tensor, micro_batches = program.layout.tensor, program.micro_batches
     gathered = program.width * program.rows * program.shape.hidden

@@ -33,7 +33,7 @@ class Held:
 
     def hold(self, owner: str, size: float) -> None:
         """So much more, or less."""
-        self.now[owner] += size  # type: ignore[assignment]
+        self.now[owner] += round(size)
         if size > 0 and self.now.total() > self.most.total():
             self.most = self.now.copy()
 
@@ -224,10 +224,10 @@ class Work:
     def resting(self) -> Counter[str]:
         """Bytes of parameters, as they rest and as they are gathered, with the moments."""
         own = sum(unit.padded / unit.shards for unit in self.units)
-        held = Counter({"optimizer": (1 + MOMENTS) * WIDE * own})
+        held = Counter(optimizer=round((1 + MOMENTS) * WIDE * own))
         if self.program.layout.zero < 3:
-            held["weights"] = self.program.width * sum(unit.size for unit in self.units)
-        return held  # type: ignore[return-value]
+            held["weights"] = round(self.program.width * sum(unit.size for unit in self.units))
+        return held
 
     @cached_property
     def gradients(self) -> float:
@@ -252,9 +252,8 @@ class Work:
         """Bytes more between the two halves of a backward pass."""
         size = sum(block.half_bytes for block in self.blocks)
         last = self.chunk.last
-        return Counter(  # type: ignore[return-value]
-            activations=-self.logits * last, temporary=size + (self.logits + self.residual) * last
-        )
+        more = size + (self.logits + self.residual) * last
+        return Counter(activations=-round(self.logits * last), temporary=round(more))
 
     def backward(self, kind: str, more: bool, last: bool) -> Counter[str]:
         """Bytes more at the fullest moment of a backward pass, or of its half for the input (I).

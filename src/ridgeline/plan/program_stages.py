@@ -7,7 +7,7 @@ between stages, and the backward passes, any of which may be the fullest moment.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Mapping
 
 from ridgeline.layout.stages import Chunk
 from ridgeline.layout.transfers import MOST_LEAVING, Transfer
@@ -26,71 +26,87 @@ def stage_peaks(program: Program) -> list[Counter[str]]:
             known[key] = Work(program, chunk)
         return known[key]
 
-    peaks = []
-    for stage in range(program.layout.pipeline):
-        works = {chunk.index: work_of(chunk) for chunk in program.chunks(stage)}
-        most: Counter[str] = Counter()
-        for now in _moments(program, stage, works):
-            if now.total() > most.total():
-                most = now
-        peaks.append(most)
-    return peaks
+    return [
+        _fullest(program, stage, {each.index: work_of(each) for each in program.chunks(stage)})
+        for stage in range(program.layout.pipeline)
+    ]
 
 
-def _moments(program: Program, stage: int, works: Mapping[int, Work]) -> Iterator[Counter[str]]:
-    """Bytes by component at the fullest moment of each backward pass that differs from others."""
-    in_flight: Counter[int] = Counter()
-    done: Counter[int] = Counter()
-    halves: Counter[int] = Counter()
-    handed, seen = _Handed(), set()
+def _fullest(program: Program, stage: int, works: Mapping[int, Work]) -> Counter[str]:
+    """The fullest moment of all backward passes of a stage."""
+    flight = _Flight(program, stage, works)
+    handed, fullest = _Handed(), 0.0
+    most: Counter[str] = Counter()
     for step in program.steps[stage]:
         if isinstance(step, Transfer):
             handed.transfer(step)
             continue
         kind, index, micro_batch = step
         if kind == "F":
-            in_flight[index] += 1
+            flight.forward(index)
             handed.arrived.discard(("F", index, micro_batch))
             continue
         # tokens have no gradient: of chunk 0, the weights' half does it all
         if kind == "B" or (kind == "W") == (index == 0):
             handed.arrived.discard(("B", index, micro_batch))
-            last, beside = done[index] + 1 == program.counted, handed.beside()
-            begun = tuple(bool(done[each]) for each in works)
-            counts = tuple((in_flight[each], halves[each]) for each in works)
-            state = (kind, index, counts, begun, last, beside)
-            if state not in seen:
-                seen.add(state)
-                now = _held(program, stage, works, in_flight, done, halves)
-                now["activations"] += beside[0] * works[index].residual  # type: ignore[assignment]
-                now["temporary"] += beside[1] * works[index].residual  # type: ignore[assignment]
-                now.update(works[index].backward(kind, done[index] > 0, last))
-                yield now
-        halves[index] += {"I": 1, "W": -1}.get(kind, 0) * (index > 0)
+            more, residual = flight.done[index] > 0, works[index].residual
+            passing = works[index].backward(kind, more, flight.done[index] + 1 == program.counted)
+            total = flight.held + passing.total()
+            if total + (len(handed.arrived) + len(handed.leaving)) * residual > fullest:
+                states, gradients = handed.beside()
+                if total + (states + gradients) * residual > fullest:
+                    fullest = total + (states + gradients) * residual
+                    most = flight.by_component()
+                    most["activations"] += round(states * residual)
+                    most["temporary"] += round(gradients * residual)
+                    most.update(passing)
+        flight.backward(kind, index)
         if kind in "BW":
-            in_flight[index] -= 1
-            done[index] += 1
             handed.done.add((index, micro_batch))
+    return most
 
 
-def _held(
-    program: Program, stage: int, works: Mapping[int, Work], in_flight: Counter[int],
-    done: Counter[int], halves: Counter[int],
-) -> Counter[str]:  # fmt: skip
-    """What is held when a backward pass begins."""
-    now: Counter[str] = Counter()
-    ranks = program.rank_of_chunk
-    for index, work in works.items():
-        now.update(work.resting)
-        leaves = index + 1 < len(ranks) and ranks[index + 1] != stage
-        kept = work.kept + work.residual * leaves  # what it hands on
-        now["activations"] += in_flight[index] * kept  # type: ignore[assignment]
-        if halves[index]:
+class _Flight:
+    """What a stage holds between two actions."""
+
+    def __init__(self, program: Program, stage: int, works: Mapping[int, Work]) -> None:
+        self.works = works
+        self.flying: Counter[int] = Counter()
+        self.halves: Counter[int] = Counter()
+        self.done: Counter[int] = Counter()
+        ranks = program.rank_of_chunk
+        leaves = {index: index + 1 < len(ranks) and ranks[index + 1] != stage for index in works}
+        # what it keeps, and what it hands on
+        self.kept = {i: round(w.kept + w.residual * leaves[i]) for i, w in works.items()}
+        self.held = float(sum(work.resting.total() for work in works.values()))
+        """Bytes in all."""
+
+    def forward(self, index: int) -> None:
+        """One more micro-batch on a chunk."""
+        self.flying[index] += 1
+        self.held += self.kept[index]
+
+    def backward(self, kind: str, index: int) -> None:
+        """After a backward pass or a half of one."""
+        change = {"I": 1, "W": -1}.get(kind, 0) * (index > 0)
+        self.halves[index] += change
+        self.held += change * self.works[index].halved.total()
+        if kind in "BW":
+            self.held -= self.kept[index]
+            self.flying[index] -= 1
+            self.held += 0 if self.done[index] else self.works[index].gradients
+            self.done[index] += 1
+
+    def by_component(self) -> Counter[str]:
+        """The same bytes, by whose they are."""
+        now: Counter[str] = Counter()
+        for index, work in self.works.items():
+            now.update(work.resting)
+            now["activations"] += self.flying[index] * self.kept[index]
+            now["gradients"] += round(work.gradients) if self.done[index] else 0
             for name, size in work.halved.items():
-                now[name] += halves[index] * size
-        if done[index]:
-            now["gradients"] += work.gradients  # type: ignore[assignment]
-    return now
+                now[name] += self.halves[index] * size
+        return now
 
 
 class _Handed:

@@ -11,9 +11,9 @@ from dataclasses import replace
 from ridgeline.rehearse.effects import Context, Effect
 from ridgeline.rehearse.trace import Trace
 
-TRACED = (4, 6, 8)
+TRACED = (6, 8, 10)
 """Layers of the three traces: two make the line, and the third must lie on it."""
-DEEP = 24
+DEEP = 32
 """Layers on one chunk from which three small traces cost less than a whole one."""
 
 
