@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
-from ridgeline.errors import MachineError
+from ridgeline.errors import MachineError, ModelError
 from ridgeline.layout.grid import RankGrid
 from ridgeline.layout.layout import Layout
 from ridgeline.layout.schedules import schedule_of
@@ -26,7 +27,9 @@ from ridgeline.rehearse.findings import findings_of
 from ridgeline.rehearse.replay import Moment, Replay, replay
 from ridgeline.rehearse.trace import Live, Program, Trace, trace
 from ridgeline.run import Run
+from ridgeline.torch_compat import DataDependentOutputException, DynamicOutputShapeException
 from ridgeline.train.build import MakeDecoder, MakeOptimizer, check_decoder, without_memory
+from ridgeline.train.float8 import check_float8
 from ridgeline.train.loop import LossFunction
 from ridgeline.train.optimizer import adamw
 from ridgeline.train.resolve import resolve, this_host
@@ -162,7 +165,15 @@ class _Traces:
         wanted = {context for _, context in contexts(steps)}
         if known is None or not wanted <= known.effects.keys():
             self.count += 1
-            new = trace(self.run, self.program, rank, steps)
+            try:
+                new = trace(self.run, self.program, rank, steps)
+            except (DataDependentOutputException, DynamicOutputShapeException) as asking:
+                raise ModelError(
+                    f"rehearsing {self.run.model.name}",
+                    f"its step goes on by what a tensor holds ({asking.func}), and tensors of a "
+                    "rehearsal have no values",
+                    "a decoder, loss and optimizer whose shapes and branches depend on no value",
+                ) from None
             if known is not None:
                 new = replace(new, effects={**known.effects, **new.effects})
             self.by_kind[kind] = new
@@ -200,6 +211,8 @@ def _resolved(run: Run) -> tuple[Run, Layout]:
     run, _ = resolve(run, this_host(), None)
     assert isinstance(run.layout, Layout)
     refuse_layout(run, run.layout)
+    if run.layout.precision == "fp8":
+        check_float8(torch.device("cpu"), multiplies=False)
     return run, run.layout
 
 
