@@ -19,8 +19,14 @@ from torch._C._distributed_c10d import HashStore, TCPStore
 # A process group by its name. Private name. Tested on 2.11.0 and 2.13.0.
 from torch._C._distributed_c10d import _resolve_process_group as group_named
 
-# Tensors with shapes and no values. Private path. Tested on 2.11.0 and 2.13.0.
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+# Tensors with shapes and no values, and what they raise when a program asks for one. Private path.
+# Tested on 2.11.0 and 2.13.0.
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.distributed import ProcessGroup, Work
 
 # FSDP2's replicate: DDP semantics on FSDP2's engine, with its mixed precision. Private path.
@@ -51,6 +57,8 @@ from torch.utils.checkpoint import (
 )
 
 __all__ = [
+    "DataDependentOutputException",
+    "DynamicOutputShapeException",
     "FakeTensor",
     "FakeTensorMode",
     "HashStore",

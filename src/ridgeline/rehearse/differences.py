@@ -36,6 +36,16 @@ def differences_of(found: Rehearsal) -> list[Difference]:
             "PyTorch 2.13, derivatives.yaml",
         )
     ]
+    if layout.precision == "fp8":
+        rows.append(
+            Difference(
+                "products in 8 bits",
+                "emulated: scaled and rounded to 8 bits, multiplied in more steps",
+                "one scaled product, whose operands are of 8 bits: fewer operations and less "
+                "that is temporary",
+                "torchao, float8",
+            )
+        )
     if layout.compile:
         rows.append(
             Difference(

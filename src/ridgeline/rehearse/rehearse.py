@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
+import torch
 
-from ridgeline.errors import MachineError
+from ridgeline.errors import MachineError, ModelError
 from ridgeline.layout.grid import RankGrid
 from ridgeline.layout.layout import Layout
 from ridgeline.layout.schedules import schedule_of
@@ -30,7 +31,9 @@ from ridgeline.rehearse.fused import on_cpu
 from ridgeline.rehearse.replay import Moment, Replay, replay
 from ridgeline.rehearse.trace import Live, Program, Trace, trace
 from ridgeline.run import Run
+from ridgeline.torch_compat import DataDependentOutputException, DynamicOutputShapeException
 from ridgeline.train.build import MakeDecoder, MakeOptimizer, check_decoder, without_memory
+from ridgeline.train.float8 import check_float8
 from ridgeline.train.loop import LossFunction
 from ridgeline.train.optimizer import adamw
 from ridgeline.train.resolve import resolve, this_host
@@ -167,7 +170,15 @@ class _Traces:
         wanted = {context for _, context in contexts(steps)}
         if known is None or not wanted <= known.effects.keys():
             self.count += 1
-            new = self._trace(place, rank, steps)
+            try:
+                new = self._trace(place, rank, steps)
+            except (DataDependentOutputException, DynamicOutputShapeException) as asking:
+                raise ModelError(
+                    f"rehearsing {self.run.model.name}",
+                    f"its step goes on by what a tensor holds ({asking.func}), and tensors of a "
+                    "rehearsal have no values",
+                    "a decoder, loss and optimizer whose shapes and branches depend on no value",
+                ) from None
             if known is not None:
                 new = replace(new, effects={**known.effects, **new.effects})
             self.by_kind[kind] = new
@@ -219,6 +230,8 @@ def _resolved(run: Run) -> tuple[Run, Layout]:
     run, _ = resolve(run, this_host(), None)
     assert isinstance(run.layout, Layout)
     refuse_layout(run, run.layout)
+    if run.layout.precision == "fp8":
+        check_float8(torch.device("cpu"), multiplies=False)
     return run, run.layout
 
 

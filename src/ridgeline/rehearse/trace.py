@@ -348,19 +348,29 @@ def _whole(job: Job, tracker: Tracker) -> Iterator[str]:
     ]
     if logits:
         yield f"logits {max(logits, key=math.prod)} stand whole on a rank of tp{job.layout.tensor}"
+    parameters = [
+        (f"chunk {index}: the gradient of {name}", parameter)
+        for index, chunk in job.pipeline.chunks.items()
+        for name, parameter in chunk.named_parameters()
+        if isinstance(parameter, DTensor) and len(parameter.shape) > 1
+    ]
+    # A part of one parameter may look like another that is whole.
     gradients = {shape for s, (_, shape, _) in made.items() if tracker.owner(s) == "gradients"}
-    for index, chunk in job.pipeline.chunks.items():
-        for name, parameter in chunk.named_parameters():
-            divided = isinstance(parameter, DTensor) and _parts(parameter) > 1
-            if divided and len(parameter.shape) > 1 and tuple(parameter.shape) in gradients:
-                yield (
-                    f"chunk {index}: the gradient of {name} {tuple(parameter.shape)} stands whole "
-                    f"on a rank of tp{job.layout.tensor}"
-                )
+    gradients -= {_part(parameter) for _, parameter in parameters}
+    for gradient, parameter in parameters:
+        if tuple(parameter.shape) in gradients:
+            yield (
+                f"{gradient} {tuple(parameter.shape)} stands whole on a rank of tp"
+                f"{job.layout.tensor}"
+            )
 
 
-def _parts(parameter: DTensor) -> int:
-    """Into how many parts tensor ranks divide a parameter."""
-    names = parameter.device_mesh.mesh_dim_names or ()
-    sizes = zip(names, parameter.placements, parameter.device_mesh.shape, strict=True)
-    return math.prod(size for name, each, size in sizes if name == "tensor" and each.is_shard())
+def _part(parameter: DTensor) -> tuple[int, ...]:
+    """The shape of the part that the first tensor rank holds."""
+    shape, mesh = list(parameter.shape), parameter.device_mesh
+    # FSDP2 makes the tensor axis a strided division, which is no Shard to PyTorch
+    axes = zip(mesh.mesh_dim_names or (), parameter.placements, mesh.shape, strict=True)
+    for axis, placement, size in axes:
+        if axis == "tensor" and isinstance(dim := getattr(placement, "dim", None), int):
+            shape[dim] = -(-shape[dim] // size)
+    return tuple(shape)
