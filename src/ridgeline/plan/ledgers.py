@@ -30,7 +30,7 @@ SOURCES = {
     "seconds.bubble_s": "fill of the pipeline and its slowest stage (arXiv:2104.04473)",
     "seconds.optimizer_s": "32 bytes per owned parameter through memory",
     "seconds.host_s": "launching kernels, and the slowest of many nodes",
-    "sent.tensor_bytes": "four ring gathers or scatters per layer and pass, and the ends: plan/program.py",
+    "sent.tensor_bytes": "rings per layer and pass, and at the ends: plan/program.py",
     "sent.pipeline_bytes": "outputs and gradients of each chunk and micro-batch",
     "sent.data_bytes": "ring reductions once per step, and ZeRO's gathers per micro-batch",
     "sent.context_bytes": "keys and values round the ring, and their gradients",
