@@ -36,7 +36,7 @@ SOURCES = {
     "mfu": "model FLOPs over the step and the device's peak",
     "energy_j": "power of devices and nodes over the run, docs/planner.md",
     "money": "rent of all devices over the run, failures included where they are known",
-    "sent.tensor_bytes": "four ring gathers or scatters per layer and pass: plan/sent.py",
+    "sent.tensor_bytes": "rings per layer and pass, and at the ends: plan/program.py",
     "sent.pipeline_bytes": "outputs and gradients of each chunk and micro-batch",
     "sent.data_bytes": "ring reductions once per step, and ZeRO's gathers per micro-batch",
     "sent.context_bytes": "keys and values round the ring, and their gradients",
