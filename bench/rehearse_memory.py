@@ -2,7 +2,9 @@
 
 Every layout trains two steps, four times over, each time in fresh processes of this machine:
 
-- tracked: the ranks talk over gloo, watched by the rehearsal's tracker; the second step's peak;
+- tracked: the ranks talk over gloo, watched by the rehearsal's tracker; the second step's peak,
+  without copies that gloo makes of what it reduces and scatters;
+- gloo: what the peak is higher by with them (no other backend makes them);
 - allocator: one rank alone, on real tensors, with a process group that answers nobody; what
   PyTorch's profiler says that its allocator holds, without the tracker. Over gloo the profiler
   misses what gloo's threads free;
@@ -13,8 +15,9 @@ Every layout trains two steps, four times over, each time in fresh processes of 
   gives it back when it is freed. By default glibc raises that bound to whatever was freed, up to
   32 MiB (mallopt(3), M_MMAP_THRESHOLD), and keeps what is smaller in a heap with holes.
 
-A row is of the fullest stage's first rank. Ratios: tracked over rehearsed; allocator, resident and
-mapped over tracked; the processor's seconds of a step mapped over those as it is.
+A row is of the fullest stage's first rank. Ratios: tracked over rehearsed; allocator over tracked;
+resident and mapped over tracked with gloo's copies; the processor's seconds of a step mapped over
+those as it is.
 """
 
 from __future__ import annotations
@@ -68,6 +71,7 @@ MODEL = {
 """21 million parameters: 16 bytes each are 340 MB."""
 SMALL = MODEL | {"hidden": 32, "ffn_hidden": 32, "vocab": 320}
 STEP = "second step"
+COLUMNS = ("rehearsed", "tracked", "gloo", "allocator", "resident", "mapped")
 M_MMAP_THRESHOLD, MAPPED_BYTES = -3, 128 * 1024
 """glibc's malloc.h, and its own bound before it raises it."""
 
@@ -106,15 +110,27 @@ def two_steps(job: Job, between: Callable[[], None]) -> None:
     train_loop(job, Progress(), lambda _: between(), lambda *_: None)
 
 
-def tracked(run: Run) -> int:
-    """The most bytes of tensors at any moment of this rank's second step."""
+def tracked(run: Run) -> tuple[int, int]:
+    """The most bytes of tensors at any moment of this rank's second step: without, with gloo's."""
     with process_group():
         job = job_of(run)
         tracker, begun = Tracker(groups_of(job.mesh)), []
         with tracker.watching(job.pipeline.chunks.values()):
             Owners(tracker, job.pipeline)
             two_steps(job, lambda: begun.append(tracker.mark()))
-        return tracker.peak(begun[0].events)[0]
+    first = begun[0].events
+    return highest(tracker, first, gloo=False), highest(tracker, first, gloo=True)
+
+
+def highest(tracker: Tracker, first: int, gloo: bool) -> int:
+    """The most bytes after `first` events. A storage first seen by being split is gloo's own."""
+    now = most = 0
+    for place, (storage, more) in enumerate(tracker.events):
+        if gloo or not tracker.made_by[storage][0].startswith("aten::split"):
+            now += more
+        if place >= first:
+            most = max(most, now)
+    return most
 
 
 def allocated(run: Run, rank: int) -> int:
@@ -132,10 +148,10 @@ def allocated(run: Run, rank: int) -> int:
                 steps[0].__enter__()
 
         two_steps(job, between)
-    return highest(seen)
+    return most_allocated(seen)
 
 
-def highest(seen: profile) -> int:
+def most_allocated(seen: profile) -> int:
     """The most bytes that the allocator held while STEP lasted, of what it gave meanwhile."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "trace.json")
@@ -187,16 +203,18 @@ class Row:
     rank: int
     rehearsed: float
     tracked: int
+    gloo: int
     allocated: int
     resident: Resident
     mapped: Resident
 
     def __str__(self) -> str:
         most = self.resident.grown_bytes, self.mapped.grown_bytes
-        sizes = (self.rehearsed, self.tracked, self.allocated, *most)
+        sizes = (self.rehearsed, self.tracked, self.gloo, self.allocated, *most)
         ratios = (
             self.tracked / self.rehearsed,
-            *(size / self.tracked for size in (self.allocated, *most)),
+            self.allocated / self.tracked,
+            *(size / (self.tracked + self.gloo) for size in most),
             self.mapped.processor_s / self.resident.processor_s,
         )
         return f"{self.layout:34} {self.rank:4} " + " ".join(
@@ -209,14 +227,15 @@ def row_of(run: Run, small: Run) -> Row:
     assert isinstance(run.layout, Layout)
     stage = ridgeline.rehearse(run).fullest
     world, rank = run.layout.world, stage.rank
-    peaks: list[int] = fresh(tracked, (run,), world)
+    peaks: list[tuple[int, int]] = fresh(tracked, (run,), world)
     plain: list[Resident] = fresh(resident, (run, small, False), world)
     mapped: list[Resident] = fresh(resident, (run, small, True), world)
     return Row(
         layout=str(run.layout),
         rank=rank,
         rehearsed=stage.peak_bytes - stage.by_component["framework"],
-        tracked=peaks[rank],
+        tracked=peaks[rank][0],
+        gloo=peaks[rank][1] - peaks[rank][0],
         allocated=fresh(allocated, (run, rank), 1)[0],
         resident=plain[rank],
         mapped=mapped[rank],
@@ -238,7 +257,7 @@ def corpus() -> Iterator[Data]:
 
 def main() -> None:
     """Print a row per layout."""
-    head = [f"{name:>10}" for name in ("rehearsed", "tracked", "allocator", "resident", "mapped")]
+    head = [f"{name:>10}" for name in COLUMNS]
     head += [f"{name:>7}" for name in ("tr/re", "al/tr", "rs/tr", "mp/tr", "cpu")]
     print(f"{'MB (10⁶ bytes)':34} {'rank':>4} " + " ".join(head), flush=True)
     with corpus() as data:
