@@ -173,18 +173,12 @@ def in_backward() -> bool:
 
 
 def backward_node() -> Any:
-    """The node of the graph that a backward pass is at; None outside of one.
-
-    Private name. Tested on 2.11.0 and 2.13.0.
-    """
+    """The node that a backward pass is at, or None. Private. Tested on 2.11.0 and 2.13.0."""
     return torch._C._current_autograd_node()
 
 
 def forward_number() -> int:
-    """The number that autograd gives to this thread's next node; later nodes have higher ones.
-
-    Private name. Tested on 2.11.0 and 2.13.0.
-    """
+    """The number of autograd's next node; they ascend. Private. Tested on 2.11.0 and 2.13.0."""
     return int(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]
 
 
