@@ -70,6 +70,7 @@ def test_ranks_in_another_order_are_the_same_model(
     run = layouts.table_run(make_tiny_run, tmp_path, layouts.MIXTURE)
     divided = [f"dp2 tp2 pp2 ep2 mb2 zero2 {order}" for order in ORDERS]
     divided += [f"dp2 cp2 tp2 ep4 mb2 {order}" for order in ORDERS]
+    divided += [f"dp2 cp2 tp2 mb2 zero3/2 {order}" for order in ORDERS]
     found = parity(run, divided, STEPS, pool=pool)
     assert found.equal, table(found)
 

@@ -24,13 +24,14 @@ LAYOUTS = (
     "dp2 mb2", "dp4 mb1", "tp2 mb4", "tp4 mb8", "pp2 mb2", "pp4 mb2", "cp2 mb4", "cp4 mb8",
     "dp2 tp2 pp2 mb2", "dp2 pp4 mb1", "tp2 pp2 mb4 v2", "tp2 cp2 mb8", "dp2 cp2 mb2",
     "dp2 mb2 zero1", "dp2 mb2 zero2", "dp2 mb2 zero3", "dp4 mb1 zero3/2",
+    "dp2 cp2 mb2 zero3 tp-cp-dp-pp",  # the ranks of an axis made of two do not ascend
     "pp2 mb2 gpipe", "pp2 mb4 v2", "pp2 mb2 zbh1", "pp2 mb4 v2 izb", "pp2 mb2 zbv",
     "pp2 mb2 dualpipev",
     "dp1 mb8", "dp1 mb2", "dp1 mb1",  # accumulation over 1, 4 and 8 micro-batches; 2 in one process
     "dp1 mb8 selective", "dp1 mb8 full",
 )  # fmt: skip
 EXPERT_LAYOUTS = (
-    "dp2 ep2 mb2", "dp4 ep4 mb2", "dp2 ep2 tp2 pp2 mb2",
+    "dp2 ep2 mb2", "dp4 ep4 mb2", "dp2 ep2 tp2 pp2 mb2", "dp2 cp2 ep4 mb2 tp-cp-dp-pp",
     # recomputed within a block: the experts' own shards, and visits, some once and some twice
     "dp2 ep2 mb1 selective", "dp2 pp2 ep2 mb1 zbv full", "pp2 mb1 dualpipev full",
 )  # fmt: skip

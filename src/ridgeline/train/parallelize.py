@@ -80,19 +80,22 @@ class Mesh:
 
 def make_mesh(layout: Layout, device: torch.device, rank: int) -> Mesh:
     """The meshes of `layout`; needs an initialised process group of `layout.world` ranks."""
-    ranks = torch.tensor(RankGrid(layout).ranks())
-    ends = layout.pipeline, layout.tensor
+    pipeline, tensor = layout.pipeline, layout.tensor
+    ranks = torch.tensor(RankGrid(layout).ranks()).view(pipeline, -1, tensor)
+    # A process group numbers its members by rank: an axis made of data and context follows that,
+    # or, where context ranks are the outer ones, a shard's place on the axis is not its member's.
+    by_rank = ranks.sort(dim=1).values
 
-    def mesh(middle: tuple[int, int], names: tuple[str, str]) -> DeviceMesh:
-        grid = ranks.view(ends[0], *middle, ends[1])
+    def mesh(of: torch.Tensor, middle: tuple[int, int], names: tuple[str, str]) -> DeviceMesh:
+        grid = of.reshape(pipeline, *middle, tensor)
         return DeviceMesh(device.type, grid, mesh_dim_names=("pipeline", *names, "tensor"))
 
-    devices = mesh(shard_sizes(layout), ("replicate", "shard"))
+    devices = mesh(by_rank, shard_sizes(layout), ("replicate", "shard"))
     sequences = experts = None
     if layout.context > 1:
-        sequences = mesh((layout.data, layout.context), ("data", "context"))
+        sequences = mesh(ranks, (layout.data, layout.context), ("data", "context"))
     if layout.expert > 1:
-        experts = mesh(expert_sizes(layout), ("expert_replicate", "expert"))
+        experts = mesh(by_rank, expert_sizes(layout), ("expert_replicate", "expert"))
     return Mesh(layout, device, rank, devices, sequences, experts)
 
 
