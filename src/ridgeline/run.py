@@ -161,12 +161,47 @@ class Evaluation(Section):
 
 
 class Checkpoint(Section):
-    """When to save, and how many to keep."""
+    """When and where to save, and how many to keep."""
 
-    every_steps: NaturalInt = 500
-    """Steps between checkpoints; 0: only after the last step or when stopped."""
+    every_steps: Literal["auto"] | NaturalInt = 500
+    """Steps between checkpoints; auto: Young and Daly's interval, from the measured cost of saving
+    and the cluster's failure rate; 0: only after the last step or when stopped."""
     keep: PositiveInt = 2
     """How many of the newest checkpoints stay."""
+    permanent_every_steps: NaturalInt = 0
+    """Checkpoints of every so many steps stay for ever; 0: none but the newest."""
+    asynchronous: bool = True
+    """Training goes on while a copy of its state is written; false: it waits."""
+    local: Path | None = None
+    """Folder on a disk of each node where checkpoints are written first, then drained from."""
+
+
+class Faults(Section):
+    """What a run does about what goes wrong."""
+
+    restarts: NaturalInt = 3
+    """How often lost workers are started again, from the newest checkpoint, before giving up."""
+    fewer_devices: bool = True
+    """With fewer nodes than before, go on in the nearest layout that fits them."""
+    bad_step: Literal["skip", "roll back", "stop"] = "skip"
+    """A step whose loss or gradient is not finite, or a spike, is left out; or the run goes back to
+    its newest checkpoint and passes over the data since; or it stops."""
+    spike: NaturalFloat = 0.0
+    """A gradient norm or loss this many robust deviations above the median of the last steps is a
+    spike; 0: only what is not finite is bad."""
+    most_bad_steps: PositiveInt = 20
+    """So many bad steps in a row stop the run, whatever `bad_step` says."""
+    step_limit_s: NaturalFloat = 1800.0
+    """A step, or a phase beside the steps, that takes longer is a hang: the late rank is named and
+    the run ends, to be started again; 0: wait for ever."""
+    stop_within_s: PositiveFloat = 300.0
+    """How long workers that were asked to stop may take before they are ended."""
+    save_before_s: PositiveFloat = 300.0
+    """How long before the job's time limit the run saves and stops."""
+    compare_every_steps: NaturalInt = 0
+    """Compare the copies of parameters that ranks hold, bit by bit, so often; 0: never."""
+    self_test: bool = True
+    """Before the first step, each device multiplies matrices whose product is known exactly."""
 
 
 class Logging(Section):
@@ -176,6 +211,8 @@ class Logging(Section):
     """Steps between logged lines."""
     tensorboard: bool = True
     """Write TensorBoard event files beside metrics.jsonl."""
+    samples: bool = False
+    """Write which samples each rank reads at each step into samples/rank-N.jsonl."""
 
 
 def _expand_model(value: object) -> object:
@@ -211,7 +248,9 @@ class Run(Section):
     evaluation: Evaluation = Evaluation()
     """Held-out loss."""
     checkpoint: Checkpoint = Checkpoint()
-    """When to save."""
+    """When and where to save."""
+    faults: Faults = Faults()
+    """What to do about what goes wrong."""
     logging: Logging = Logging()
     """What is printed and recorded."""
 
