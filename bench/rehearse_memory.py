@@ -48,8 +48,8 @@ from ridgeline.model.decoder import Decoder
 from ridgeline.run import Data, Run, make_run
 from ridgeline.torch_compat import fake_process_group
 from ridgeline.train.build import make_job
-from ridgeline.train.checkpoint import Progress
 from ridgeline.train.loop import Job, train_loop
+from ridgeline.train.manifest import Progress
 from ridgeline.train.messages import groups_of
 from ridgeline.train.optimizer import adamw
 from ridgeline.train.owners import Owners

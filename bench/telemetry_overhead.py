@@ -29,8 +29,8 @@ from ridgeline.run import Run, make_run
 from ridgeline.train.account import COUNTED, EVERY, FIRST, Account, held
 from ridgeline.train.agreement import Agreement
 from ridgeline.train.build import build
-from ridgeline.train.checkpoint import Progress
 from ridgeline.train.loop import Job, train_loop
+from ridgeline.train.manifest import Progress
 from ridgeline.train.optimizer import adamw
 from ridgeline.train.parallelize import make_mesh
 from ridgeline.train.telemetry import Clock, Observation

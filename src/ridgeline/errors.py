@@ -12,7 +12,8 @@
     │   ├── TokenizerError  a tokenizer that does not fit its shards or the model
     │   └── ShardError      a shard that is truncated, foreign or damaged
     ├── RunFolderError      a run folder that belongs to another run, or that another job holds
-    ├── CheckpointError     a checkpoint that is damaged, foreign or missing
+    ├── CheckpointError     a checkpoint that is foreign, missing, or cannot be written
+    │   └── DamagedCheckpoint   one that is not what was written: the one before it is used
     ├── LaunchError         worker processes that could not be started or that died
     └── NotLearnt           the run ended without having learnt what its file demands
 
@@ -92,7 +93,11 @@ class RunFolderError(RidgelineError):
 
 
 class CheckpointError(RidgelineError):
-    """A checkpoint is damaged, foreign or missing."""
+    """A checkpoint is foreign or missing, or cannot be written."""
+
+
+class DamagedCheckpoint(CheckpointError):  # noqa: N818 - it is a state
+    """A checkpoint is not what was written: a run passes it over for the one before it."""
 
 
 class LaunchError(RidgelineError):

@@ -76,6 +76,8 @@ class Cluster(Section):
     """Device whose peak MFU is measured against, such as H100-SXM-80GB; local: this machine's."""
     devices: NaturalInt = 0
     """Number of devices; 0: those of this machine."""
+    mtbf_hours: PositiveFloat | None = None
+    """Mean hours between failures of the whole job; left out: from the catalogue's failure rate."""
 
 
 class Optimizer(Section):

@@ -9,8 +9,8 @@ from typing import Any
 from ridgeline.model.decoder import Decoder
 from ridgeline.run import Run
 from ridgeline.train.build import make_job
-from ridgeline.train.checkpoint import Progress
 from ridgeline.train.loop import Job, train_loop
+from ridgeline.train.manifest import Progress
 from ridgeline.train.messages import Message, groups_of
 from ridgeline.train.optimizer import adamw
 from ridgeline.train.owners import Owners

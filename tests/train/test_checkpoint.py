@@ -1,10 +1,10 @@
-"""Checkpoints: what is saved comes back bit for bit, damage is refused, nothing is executed."""
+"""Checkpoints: what is saved comes back bit for bit, damage is found, nothing is executed."""
 
 from __future__ import annotations
 
 import json
 import pickle
-import resource
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -12,52 +12,25 @@ from typing import Any, NoReturn
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tests.train.saved import bits, blank, some_tensors, write, written
 from torch import Tensor, nn
 
-from ridgeline.errors import CheckpointError
+from ridgeline.errors import CheckpointError, DamagedCheckpoint
 from ridgeline.run import Optimizer
 from ridgeline.train import checkpoint
-from ridgeline.train.checkpoint import Progress, keep_newest, load, make_state, newest, save
+from ridgeline.train.checkpoint import load, make_state, restore
+from ridgeline.train.manifest import MANIFEST, Progress, file_of, manifest_text, newest
 from ridgeline.train.optimizer import LossScale, adamw
 
-
-def some_tensors(seed: int = 0) -> dict[str, Tensor]:
-    """Every kind that a run saves, and views that share memory."""
-    generator = torch.Generator().manual_seed(seed)
-    matrix = torch.randn(6, 4, generator=generator)
-    return {
-        "matrix": matrix,
-        "transposed": matrix.t(),
-        "row": matrix[2],
-        "step": torch.tensor(17.0 + seed),
-        "half": torch.randn(5, generator=generator).bfloat16(),
-        "counts": torch.arange(7) + 2**40 + seed,
-        "bytes": torch.arange(9, dtype=torch.uint8) + seed,
-        "special": torch.tensor([float("nan"), float("inf"), -0.0]),
-        "empty": torch.zeros(0, 3),
-    }
-
-
-def bits(tensors: dict[str, Tensor]) -> dict[str, bytes]:
-    return {
-        name: value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        for name, value in tensors.items()
-    }
-
-
-def blank(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: torch.zeros_like(value) for name, value in tensors.items()}
-
-
-def saved(folder: Path, step: int = 3) -> Path:
-    return save(folder, some_tensors(), Progress(step=step, samples=24, data="abc"), None)
+FILE = file_of(0)
 
 
 def test_every_tensor_comes_back_bit_for_bit(tmp_path: Path) -> None:
     progress = Progress(step=3, samples=24, tokens=768, elapsed_s=1.25, data="abc")
-    path = save(tmp_path, some_tensors(), progress, None)
+    path = write(tmp_path, some_tensors(), progress).path
     there = blank(some_tensors())
-    assert load(path, there, None) == progress
+    assert load(path, there) == progress
     assert bits(there) == bits(some_tensors())
     assert path == newest(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000003"]
@@ -66,126 +39,218 @@ def test_every_tensor_comes_back_bit_for_bit(tmp_path: Path) -> None:
 def test_nothing_in_a_checkpoint_is_unpickled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = saved(tmp_path)
-
     def refuse(*args: object, **kwargs: object) -> NoReturn:
         raise AssertionError("unpickled")
 
     for name in ("load", "loads", "Unpickler"):
         monkeypatch.setattr(pickle, name, refuse)
     monkeypatch.setattr(torch, "load", refuse)
+    path = written(tmp_path)
     there = blank(some_tensors())
-    load(path, there, None)
+    load(path, there)
     assert bits(there) == bits(some_tensors())
-    assert {file.suffix for file in path.iterdir()} == {".json", ".safetensors"}
-    with safe_open(path / "rank-00000.safetensors", framework="np") as file:
+    files = {file.suffix for file in path.rglob("*") if file.is_file()}
+    assert files == {".json", ".safetensors"}
+    with safe_open(path / FILE, framework="np") as file:
         assert len(list(file.keys())) == len(some_tensors())
 
 
-def truncate(path: Path) -> None:
-    file = path / "rank-00000.safetensors"
-    file.write_bytes(file.read_bytes()[:-1])
+Damage = Callable[[Path], object]
 
 
-def flip_a_bit(path: Path) -> None:
-    file = path / "rank-00000.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-2] ^= 1
-    file.write_bytes(content)
+def bytes_at(name: str, place: float, change: Callable[[bytes], bytes]) -> Damage:
+    """Replace the eight bytes at a place (a share of the file) by what `change` makes of them."""
+
+    def damage(path: Path) -> None:
+        content = (path / name).read_bytes()
+        at = int(place * (len(content) - 8))
+        (path / name).write_bytes(content[:at] + change(content[at : at + 8]) + content[at + 8 :])
+
+    return damage
 
 
-def spoil_the_header(path: Path) -> None:
-    file = path / "rank-00000.safetensors"
-    file.write_bytes(b"\xff" * 8 + file.read_bytes()[8:])
+def flip(content: bytes) -> bytes:
+    """One bit the other way."""
+    return bytes([content[0] ^ 1]) + content[1:]
 
 
-def remove(path: Path) -> None:
-    (path / "rank-00000.safetensors").unlink()
+def whole(name: str, content: bytes) -> Damage:
+    """The file holds something else."""
+    return lambda path: (path / name).write_bytes(content)
 
 
-def remove_the_manifest(path: Path) -> None:
-    (path / "manifest.json").unlink()
+def resized(name: str, share: float) -> Damage:
+    """The file is shorter, or longer by zeros."""
+
+    def damage(path: Path) -> None:
+        content = (path / name).read_bytes()
+        size = int(share * len(content)) if share != 1 else len(content) - 1
+        (path / name).write_bytes(content[:size].ljust(size, b"\0"))
+
+    return damage
 
 
-def cut_the_manifest(path: Path) -> None:
-    (path / "manifest.json").write_text((path / "manifest.json").read_text()[:-9])
+def in_manifest(change: Callable[[dict[str, Any]], object], *, sealed: bool = False) -> Damage:
+    """The manifest says something else; sealed: with a checksum that fits."""
+
+    def damage(path: Path) -> None:
+        document = json.loads((path / MANIFEST).read_text())
+        change(document["body"] if sealed else document)
+        text = manifest_text(document["body"]) if sealed else json.dumps(document)
+        (path / MANIFEST).write_text(text)
+
+    return damage
 
 
-def write_a_foreign_manifest(path: Path) -> None:
-    (path / "manifest.json").write_text('{"format": "somebody-elses-2"}')
+def in_shard(change: Callable[[dict[str, Tensor]], object]) -> Damage:
+    """The shard is sound by itself, and not what was written."""
+
+    def damage(path: Path) -> None:
+        tensors = load_file(path / FILE)
+        change(tensors)
+        save_file(tensors, path / FILE)
+        size = (path / FILE).stat().st_size
+        in_manifest(lambda body: body["files"].update({FILE: size}), sealed=True)(path)
+
+    return damage
 
 
-def write_a_list(path: Path) -> None:
-    (path / "manifest.json").write_text("[]")
+def swap(tensors: dict[str, Tensor]) -> None:
+    """Two tensors of the same size under each other's name."""
+    first = tensors["matrix@0,0"].clone()
+    tensors["matrix@0,0"] = tensors["transposed@0,0"].clone().reshape(6, 4)
+    tensors["transposed@0,0"] = first.reshape(4, 6)
 
 
-def forget_a_tensor(path: Path) -> None:
-    manifest = json.loads((path / "manifest.json").read_text())
-    del manifest["tensors"]["half"]
-    (path / "manifest.json").write_text(json.dumps(manifest))
+def from_another(path: Path) -> None:
+    """The same file of another step."""
+    other = written(path.parent / "elsewhere", 4, seed=9)
+    shutil.copyfile(other / FILE, path / FILE)
+    shutil.rmtree(other.parent)
 
 
-@pytest.mark.parametrize(
-    ("damage", "rule"),
-    [
-        (truncate, r"should hold [\d,]+ bytes and holds [\d,]+"),
-        (flip_a_bit, "does not have the checksum of its manifest"),
-        (spoil_the_header, "(?i)header"),
-        (remove, "is missing"),
-        (remove_the_manifest, "no readable manifest"),
-        (cut_the_manifest, "no readable manifest"),
-        (write_a_foreign_manifest, "its manifest is not one of ridgeline-checkpoint-1"),
-        (write_a_list, "its manifest is not one of ridgeline-checkpoint-1"),
-        (forget_a_tensor, "it has no 'half'"),
-    ],
-)
-def test_damage_is_refused(tmp_path: Path, damage: Callable[[Path], None], rule: str) -> None:
-    path = saved(tmp_path)
-    damage(path)
-    with pytest.raises(CheckpointError, match=rule) as caught:
-        load(path, blank(some_tensors()), None)
-    assert str(path) in caught.value.asked
+def folder_in_place_of_the_shard(path: Path) -> None:
+    (path / FILE).unlink()
+    (path / FILE).mkdir()
 
 
-def test_another_models_shapes_are_refused(tmp_path: Path) -> None:
-    path = saved(tmp_path)
+def chunk_of(body: dict[str, Any]) -> dict[str, Any]:
+    """The first chunk of a matrix in a manifest."""
+    first: dict[str, Any] = body["tensors"]["matrix"]["chunks"][0]
+    return first
+
+
+DAMAGE: dict[str, Damage] = {
+    "the shard is missing": lambda path: (path / FILE).unlink(),
+    "the shard's folder is missing": lambda path: shutil.rmtree(path / "ranks-000"),
+    "the shard is a folder": folder_in_place_of_the_shard,
+    "the shard is empty": whole(FILE, b""),
+    "the shard lacks its last byte": resized(FILE, 1),
+    "the shard is cut in the middle": resized(FILE, 0.5),
+    "the shard has bytes behind it": resized(FILE, 1.1),
+    "a bit of the last value is flipped": bytes_at(FILE, 1, flip),
+    "a bit in the middle is flipped": bytes_at(FILE, 0.9, flip),
+    "a block is zeros": bytes_at(FILE, 0.95, lambda old: bytes(8)),
+    "the header's length is absurd": bytes_at(FILE, 0, lambda old: b"\xff" * 8),
+    "the header's length is off by one": bytes_at(FILE, 0, flip),
+    "the header is not JSON": bytes_at(FILE, 0.1, lambda old: b"\0" * 8),
+    "the shard is of another step": from_another,
+    "the shard is another program's": whole(FILE, pickle.dumps({"weights": [1.0]})),
+    "two tensors are exchanged": in_shard(swap),
+    "a tensor is missing in the shard": in_shard(lambda t: t.pop("half@0")),
+    "a tensor has another type": in_shard(lambda t: t.update({"half@0": t["half@0"].half()})),
+    "a tensor has another shape": in_shard(
+        lambda t: t.update({"matrix@0,0": t["matrix@0,0"].reshape(4, 6)})
+    ),
+    "there is no manifest": lambda path: (path / MANIFEST).unlink(),
+    "the manifest is empty": whole(MANIFEST, b""),
+    "the manifest is cut": resized(MANIFEST, 0.7),
+    "the manifest is no text": whole(MANIFEST, b"\xff\xfe\x00"),
+    "the manifest is a list": whole(MANIFEST, b"[]"),
+    "the manifest is deeply nested": whole(MANIFEST, b"[" * 100_000),
+    "the manifest is another program's": whole(MANIFEST, b'{"format": "somebody-elses-2"}'),
+    "the manifest is of another version": in_manifest(
+        lambda document: document.update(format="ridgeline-checkpoint-1")
+    ),
+    "the manifest's step is another": in_manifest(
+        lambda document: document["body"]["progress"].update(step=4)
+    ),
+    "the manifest has lost a tensor": in_manifest(
+        lambda document: document["body"]["tensors"].pop("half")
+    ),
+    "the manifest says no checksum": in_manifest(lambda document: document.pop("crc32")),
+    "a chunk is missing": in_manifest(
+        lambda body: body["tensors"]["matrix"]["chunks"].clear(), sealed=True
+    ),
+    "a chunk lies outside": in_manifest(
+        lambda body: chunk_of(body).update(offsets=[6, 0]), sealed=True
+    ),
+    "a chunk's checksum is another": in_manifest(
+        lambda body: chunk_of(body).update(crc32=0), sealed=True
+    ),
+    "a chunk lies in a file elsewhere": in_manifest(
+        lambda body: chunk_of(body).update(file="../../secret"), sealed=True
+    ),
+    "a type is no type": in_manifest(
+        lambda body: body["tensors"]["matrix"].update(dtype="save"), sealed=True
+    ),
+    "the progress is no number": in_manifest(
+        lambda body: body["progress"].update(samples="many"), sealed=True
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_found_and_the_checkpoint_before_it_used(tmp_path: Path, kind: str) -> None:
+    first = written(tmp_path, 2, seed=5)
+    DAMAGE[kind](second := written(tmp_path))
+    with pytest.raises(DamagedCheckpoint) as caught:
+        load(second, blank(some_tensors()))
+    assert str(second) in caught.value.asked
+    there = blank(some_tensors())
+    progress, passed_over = restore(tmp_path, there, None)
+    assert progress is not None and progress.step == 2
+    assert bits(there) == bits(some_tensors(5))
+    assert [each.asked for each in passed_over] == [f"checkpoint {second}"]
+    assert newest(tmp_path) == first
+    assert {path.name for path in tmp_path.iterdir()} == {first.name, f"damaged-{second.name}"}
+    assert written(tmp_path) == newest(tmp_path)  # its step is saved anew
+
+
+def test_there_are_thirty_kinds_of_damage_and_more() -> None:
+    assert len(DAMAGE) >= 30
+
+
+def test_a_checkpoint_that_cannot_be_opened_is_passed_over(tmp_path: Path) -> None:
+    written(tmp_path, 2)
+    newer = written(tmp_path)
+    (newer / FILE).unlink()
+    (newer / FILE).symlink_to(FILE.rpartition("/")[2])  # a loop: nobody can open it, not even root
+    progress, passed_over = restore(tmp_path, blank(some_tensors()), None)
+    assert progress is not None and progress.step == 2
+    assert "symbolic links" in str(passed_over[0]) or "missing" in str(passed_over[0])
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(tmp_path: Path) -> None:
+    for step in (2, 3):
+        DAMAGE["the shard is empty"](written(tmp_path, step))
+    with pytest.raises(CheckpointError, match="all of its 2 checkpoints are damaged"):
+        restore(tmp_path, blank(some_tensors()), None)
+
+
+def test_another_models_shapes_are_refused_and_not_passed_over(tmp_path: Path) -> None:
+    path = written(tmp_path)
     there = blank(some_tensors())
     there["matrix"] = torch.zeros(4, 6)
-    with pytest.raises(CheckpointError, match=r"matrix is \[6, 4\] there and \[4, 6\] here"):
-        load(path, there, None)
-
-
-def test_a_write_that_fails_leaves_the_checkpoint_before_it(tmp_path: Path) -> None:
-    first = saved(tmp_path)
-    large = {"large": torch.zeros(2**20)}
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))  # as good as a full disk
-    try:
-        with pytest.raises(CheckpointError, match="cannot be written"):
-            save(tmp_path, large, Progress(step=4), None)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert newest(tmp_path) == first
-    there = blank(some_tensors())
-    load(first, there, None)
-    assert bits(there) == bits(some_tensors())
-    second = save(tmp_path, large, Progress(step=4), None)  # what was left is in nobody's way
-    assert newest(tmp_path) == second
-
-
-def test_only_the_newest_are_kept_and_torn_ones_removed(tmp_path: Path) -> None:
-    for step in (2, 30, 100):
-        saved(tmp_path, step)
-    (tmp_path / ".step-00000200.partial").mkdir()
-    keep_newest(tmp_path, 2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000030", "step-00000100"]
-    keep_newest(tmp_path, 5)
-    assert len(list(tmp_path.iterdir())) == 2
+    for read in (lambda: load(path, there), lambda: restore(tmp_path, there, None)):
+        with pytest.raises(CheckpointError, match=r"matrix is \[6, 4\] there and \[4, 6\] here"):
+            read()
+    assert newest(tmp_path) == path
 
 
 def test_there_may_be_none(tmp_path: Path) -> None:
     assert newest(tmp_path) is None
-    assert newest(tmp_path / "nowhere") is None
+    assert restore(tmp_path / "nowhere", {}, None) == (None, [])
 
 
 class Tied(nn.Module):
@@ -218,9 +283,9 @@ def test_weights_buffers_optimizer_and_random_state_are_all_that_is_saved(tmp_pa
         "optimizer.embedding.weight.exp_avg_sq",
         "random.0",
     }
-    path = save(tmp_path, tensors, Progress(step=1), None)
+    path = write(tmp_path, tensors, Progress(step=1)).path
     drawn = torch.rand(3)
-    load(path, checkpoint.tensors_of([model], optimizer), None)
+    load(path, checkpoint.tensors_of([model], optimizer))
     assert torch.equal(torch.rand(3), drawn)  # the generator stands where it stood
 
 
@@ -231,13 +296,15 @@ def test_a_loss_scale_is_saved_and_may_be_missing(tmp_path: Path) -> None:
     make_state(optimizer)
     scale, other = LossScale(), LossScale()
     scale.accepts(torch.tensor(float("inf")))
-    path = save(tmp_path, checkpoint.tensors_of([model], optimizer, scale), Progress(step=1), None)
-    load(path, checkpoint.tensors_of([model], optimizer, other), None)
+    tensors = checkpoint.tensors_of([model], optimizer, scale)
+    path = write(tmp_path, tensors, Progress(step=1)).path
+    load(path, checkpoint.tensors_of([model], optimizer, other))
     assert torch.equal(other.state, scale.state)
     assert other.factor == LossScale.START / 2
-    load(path, checkpoint.tensors_of([model], optimizer), None)
-    without = save(tmp_path, checkpoint.tensors_of([model], optimizer), Progress(step=2), None)
-    load(without, checkpoint.tensors_of([model], optimizer, fresh := LossScale()), None)
+    load(path, checkpoint.tensors_of([model], optimizer))
+    tensors = checkpoint.tensors_of([model], optimizer)
+    without = write(tmp_path, tensors, Progress(step=2)).path
+    load(without, checkpoint.tensors_of([model], optimizer, fresh := LossScale()))
     assert fresh.factor == LossScale.START
 
 
@@ -250,10 +317,3 @@ def test_creating_the_optimizers_state_changes_no_weight() -> None:
         assert torch.equal(parameter, before[name])
         assert parameter.grad is None
     assert {group["lr"] for group in optimizer.param_groups} == {0.7}
-
-
-def test_only_tensors_are_saved(tmp_path: Path) -> None:
-    anything: Any = {"setting": "text"}
-    with pytest.raises(CheckpointError, match="only tensors"):
-        save(tmp_path, anything, Progress(step=1), None)
-    assert newest(tmp_path) is None

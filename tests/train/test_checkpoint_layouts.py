@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 from collections.abc import Callable, Iterator
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from typing import Any, NoReturn
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from tests.train import saved
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -18,8 +22,9 @@ from ridgeline.model.decoder import Decoder
 from ridgeline.run import Run
 from ridgeline.torch_compat import local_part
 from ridgeline.train.build import make_job
-from ridgeline.train.checkpoint import Progress, load, make_state, newest, save, tensors_of
+from ridgeline.train.checkpoint import load, make_state, tensors_of
 from ridgeline.train.loop import Job
+from ridgeline.train.manifest import Progress, newest
 from ridgeline.train.optimizer import adamw
 from ridgeline.train.vocabulary import token_loss
 from ridgeline.train.worker import process_group
@@ -72,13 +77,29 @@ def made(run: Run, device: torch.device, control: dist.ProcessGroup | None) -> J
     return job
 
 
+@contextmanager
+def unpickling_forbidden() -> Iterator[None]:
+    """Whatever would execute what it reads raises."""
+
+    def refuse(*args: object, **kwargs: object) -> NoReturn:
+        raise AssertionError("unpickled")
+
+    with ExitStack() as patches:
+        for name in ("load", "loads", "Unpickler"):
+            patches.enter_context(mock.patch.object(pickle, name, refuse))
+        patches.enter_context(mock.patch.object(torch, "load", refuse))
+        yield
+
+
 def write(run: Run) -> set[str]:
     """As each rank: save a checkpoint of values by name; the names this rank holds."""
     with process_group() as (device, control), torch.no_grad():
         job = made(run, device, control)
         for _, here, expected in held(job):
             here.copy_(expected)
-        save(run.path, tensors_of(job.chunks, job.optimizer), Progress(step=7), control)
+        with unpickling_forbidden():
+            tensors = tensors_of(job.chunks, job.optimizer)
+            assert saved.write(run.path, tensors, Progress(step=7), control).error is None
         return {name for name, *_ in held(job)}
 
 
@@ -89,7 +110,8 @@ def read(run: Run) -> dict[str, bool]:
         assert not any(torch.equal(here, expected) for _, here, expected in held(job))
         path = newest(run.path)
         assert path is not None
-        progress = load(path, tensors_of(job.chunks, job.optimizer), control)
+        with unpickling_forbidden():
+            progress = load(path, tensors_of(job.chunks, job.optimizer))
         assert progress == Progress(step=7)
         return {name: torch.equal(here, expected) for name, here, expected in held(job)}
 

@@ -20,8 +20,8 @@ from ridgeline.model.decoder import Decoder
 from ridgeline.model.shape import ModelShape
 from ridgeline.run import Run
 from ridgeline.train.build import make_job
-from ridgeline.train.checkpoint import Progress
 from ridgeline.train.loop import train_loop
+from ridgeline.train.manifest import Progress
 from ridgeline.train.optimizer import adamw
 from ridgeline.train.pipeline import steps_of
 from ridgeline.train.vocabulary import token_loss

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ridgeline.run import Run
-from ridgeline.train.checkpoint import Progress
+from ridgeline.train.manifest import Progress
 from ridgeline.train.telemetry import (
     Clock,
     Lost,

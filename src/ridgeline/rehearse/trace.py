@@ -42,9 +42,10 @@ from ridgeline.train.build import (
     to_empty,
     without_memory,
 )
-from ridgeline.train.checkpoint import Progress, make_state
+from ridgeline.train.checkpoint import make_state
 from ridgeline.train.experts import ExpertExchange, mixtures
 from ridgeline.train.loop import Job, LossFunction, fetch, train_loop, valid_tokens
+from ridgeline.train.manifest import Progress
 from ridgeline.train.messages import groups_of
 from ridgeline.train.optimizer import LossScale
 from ridgeline.train.owners import Owners, hands_over

@@ -28,10 +28,10 @@ from ridgeline.ledger import read_ledger
 from ridgeline.machine.energy import Meter, accelerator_meter, cpu_meter
 from ridgeline.model.counts import flops_per_token
 from ridgeline.torch_compat import pci_address, peak_memory_bytes
-from ridgeline.train.checkpoint import Progress
 from ridgeline.train.exposed import Exposed
 from ridgeline.train.folder import write_atomically
 from ridgeline.train.loop import Job
+from ridgeline.train.manifest import Progress
 from ridgeline.train.measured import (
     BETWEEN,
     Counted,

@@ -20,6 +20,8 @@ class Agreement:
     group: dist.ProcessGroup | None
     """A gloo group of all ranks, or None for one process."""
     pending: tuple[Tensor, dist.Work | None] | None = None
+    elapsed_s: float = 0.0
+    """What all ranks last agreed that the run has taken."""
 
     def report(self, stop: bool, elapsed_s: float) -> tuple[bool, float]:
         """Report this rank's wish to stop and its clock; (stop, elapsed seconds) agreed before."""
@@ -29,6 +31,7 @@ class Agreement:
             if work is not None:
                 work.wait()
             agreed = (bool(values[0] > 0), float(values[1]))
+            self.elapsed_s = agreed[1]
         values = torch.tensor([float(stop), elapsed_s], dtype=torch.float64)
         work = None
         if self.group is not None:

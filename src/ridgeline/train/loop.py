@@ -18,8 +18,8 @@ from ridgeline.layout.layout import Layout
 from ridgeline.run import Run
 from ridgeline.torch_compat import drop_gathered
 from ridgeline.train.agreement import Agreement
-from ridgeline.train.checkpoint import Progress
 from ridgeline.train.experts import set_loss_scale, update_router_bias
+from ridgeline.train.manifest import Progress
 from ridgeline.train.optimizer import LossScale, clip, totals
 from ridgeline.train.parallelize import Mesh
 from ridgeline.train.pipeline import LossOf, Pipeline

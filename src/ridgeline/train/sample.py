@@ -16,6 +16,7 @@ from ridgeline.run import read_run
 from ridgeline.train import checkpoint
 from ridgeline.train.build import MakeDecoder
 from ridgeline.train.folder import checkpoints_of, latest_run_file
+from ridgeline.train.manifest import newest
 from ridgeline.train.resolve import this_host
 
 
@@ -43,7 +44,7 @@ def sample(
     if not (folder / "run.toml").is_file():
         raise RunFolderError(f"sampling from {folder}", "it is no run folder: no run.toml", "")
     run = read_run(latest_run_file(folder))
-    path = checkpoint.newest(checkpoints_of(folder))
+    path = newest(checkpoints_of(folder))
     if path is None:
         raise CheckpointError(
             f"sampling from {folder}", "it has no checkpoint yet", f"ridgeline train {folder}"
@@ -55,7 +56,7 @@ def sample(
         )
     tokenizer = load_tokenizer(run.data.folder / manifest.tokenizer.file)
     model = decoder(run.model).to(this_host().device).eval()
-    checkpoint.load(path, checkpoint.model_tensors(model), None)
+    checkpoint.load(path, checkpoint.model_tensors(model))
     end = manifest.tokenizer.end_of_document
     ids = [end, *tokenizer.encode(prompt.encode(errors="replace").decode()).ids]
     generator = torch.Generator().manual_seed(seed % 2**63)

@@ -28,7 +28,6 @@ from ridgeline.model.decoder import Decoder
 from ridgeline.processes import process_start
 from ridgeline.run import Run
 from ridgeline.torch_compat import multiplies_fp8
-from ridgeline.train import checkpoint
 from ridgeline.train.build import (
     MakeDecoder,
     MakeOptimizer,
@@ -44,7 +43,9 @@ from ridgeline.train.folder import (
     locked,
     write_folder,
 )
+from ridgeline.train.interval import check_interval
 from ridgeline.train.loop import LossFunction
+from ridgeline.train.manifest import complete, is_sound, read_manifest
 from ridgeline.train.optimizer import adamw
 from ridgeline.train.resolve import Host, resolve, this_host
 from ridgeline.train.schedule import batch_unit
@@ -100,9 +101,9 @@ def train(
 
 
 def refuse_foreign_checkpoint(run: Run, mixture: Mixture) -> None:
-    """Raise when the run would resume from a damaged checkpoint, or one of other prepared data."""
-    path = checkpoint.newest(checkpoints_of(run.path))
-    if path and checkpoint.read_manifest(path)["progress"]["data"] != mixture.fingerprint:
+    """Raise when the run would resume from a checkpoint of other prepared data."""
+    path = next((p for p in complete(checkpoints_of(run.path))[::-1] if is_sound(p)), None)
+    if path and read_manifest(path).progress.data != mixture.fingerprint:
         raise RunFolderError(
             f"resuming {run.path}",
             f"its checkpoints were trained on other data than lie in {run.data.folder} now",
@@ -120,6 +121,7 @@ def refuse_impossible(run: Run, host: Host, world: int | None) -> Mixture:
     if run.cluster.device != "local":
         device_named(run.cluster.device)
     refuse_layout(run, run.layout, world)
+    check_interval(run)
     if run.layout.precision == "fp8":
         check_float8(host.device, host.device.type != "cpu" and multiplies_fp8(host.device))
     room = host.devices or LOCAL_RANKS_PER_CORE * host.cores

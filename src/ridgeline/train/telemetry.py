@@ -21,8 +21,8 @@ from torch import Tensor
 from ridgeline import human
 from ridgeline.run import Run
 from ridgeline.torch_compat import peak_memory_bytes
-from ridgeline.train.checkpoint import Progress
 from ridgeline.train.folder import write_atomically
+from ridgeline.train.manifest import Progress
 from ridgeline.train.schedule import run_fraction, total_steps
 
 

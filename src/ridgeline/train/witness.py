@@ -20,8 +20,8 @@ from torch import Tensor
 from ridgeline.run import Run
 from ridgeline.torch_compat import whole
 from ridgeline.train.build import MakeDecoder, MakeOptimizer, make_job
-from ridgeline.train.checkpoint import Progress
 from ridgeline.train.loop import Job, LossFunction, train_loop
+from ridgeline.train.manifest import Progress
 from ridgeline.train.telemetry import Observation
 from ridgeline.train.worker import process_group
 

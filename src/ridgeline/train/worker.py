@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from torch import nn
 
 from ridgeline.data.manifest import Baselines
 from ridgeline.data.mixture import Mixture
+from ridgeline.errors import CheckpointError
 from ridgeline.launch.local import (
     StopFlag,
     local_processes,
@@ -35,9 +37,12 @@ from ridgeline.train.build import (
     make_job,
     without_memory,
 )
-from ridgeline.train.checkpoint import Progress
+from ridgeline.train.exchange import broadcast
 from ridgeline.train.folder import checkpoints_of
+from ridgeline.train.interval import Beside, Interval
 from ridgeline.train.loop import Job, LossFunction, held_out_losses, train_loop
+from ridgeline.train.manifest import Progress, complete, remove_partial
+from ridgeline.train.saving import Saved, Saver, drain_left
 from ridgeline.train.schedule import total_steps
 from ridgeline.train.telemetry import Observation, Recorder, drop_after
 
@@ -74,12 +79,15 @@ def work(
     torch.set_num_threads(threads_per_process(local_processes()))
     with process_group() as (device, control), stop_on_signals(stop):
         job = make_job(run, decoder, loss, make_optimizer, device, control, stop.is_set)
-        progress = _resume(job, control)
+        progress, told = _resume(job, control)
         recorder = None
         if job.mesh.rank == 0:
             recorder = _recorder(job, without_memory(decoder, run.model), progress, began)
+            for name, words in told:
+                recorder.event(progress, name, words=words)
+                recorder.say(f"checkpoint {name}: {words}")
         account = Account(job, control, peak_flops(run, device), progress, before)
-        keeper = Keeper(job, control, recorder, account)
+        keeper = Keeper(job, control, recorder, account, progress)
         return keeper.run(progress)
 
 
@@ -120,14 +128,29 @@ def process_group() -> Iterator[tuple[torch.device, dist.ProcessGroup | None]]:
     dist.destroy_process_group()
 
 
-def _resume(job: Job, group: dist.ProcessGroup | None) -> Progress:
-    """Restore the newest checkpoint of the run's folder, if there is one."""
-    path = checkpoint.newest(checkpoints_of(job.run.path))
-    if path is None:
-        return Progress(data=job.mixture.fingerprint)
+def _resume(job: Job, group: dist.ProcessGroup | None) -> tuple[Progress, list[tuple[str, str]]]:
+    """Restore the newest sound checkpoint of the run's folder, if there is one.
+
+    Also what there is to tell: what was brought over from the nodes' disks, what was passed over.
+    """
+    folder, told = checkpoints_of(job.run.path), []
+    if job.mesh.rank == 0:
+        remove_partial(folder)
+    if (local := local_folder(job.run)) and (name := drain_left(local, folder, group)):
+        told.append(("drained", f"{name} was still on the nodes' own disks"))
+    if not broadcast(bool(complete(folder)), group):
+        return Progress(data=job.mixture.fingerprint), told
     checkpoint.make_state(job.optimizer)
     tensors = checkpoint.tensors_of(job.chunks, job.optimizer, job.loss_scale)
-    return checkpoint.load(path, tensors, group)
+    progress, damaged = checkpoint.restore(folder, tensors, group)
+    told += [("damaged", str(fault)) for fault in damaged]
+    assert progress is not None  # there are checkpoints, and none that is sound raises
+    return progress, told
+
+
+def local_folder(run: Run) -> Path | None:
+    """Where on each node's own disk this run's checkpoints are written first."""
+    return run.checkpoint.local / run.name if run.checkpoint.local else None
 
 
 def peak_flops(run: Run, device: torch.device) -> float | None:
@@ -191,11 +214,19 @@ class Keeper:
         group: dist.ProcessGroup | None,
         recorder: Recorder | None,
         account: Account,
+        progress: Progress,
     ) -> None:
         self.job = job
+        settings = job.run.checkpoint
+        # Threads that write have a group of their own: its messages cross no other's.
+        writers = None if group is None else dist.new_group(backend="gloo")
+        self.saver = Saver(checkpoints_of(job.run.path), settings, writers, local_folder(job.run))
+        self.interval = Interval.of(job.run, progress.elapsed_s)
+        self.beside, self.elapsed_s = Beside(), progress.elapsed_s
         self.account = account
         self.group = group
         self.recorder = recorder
+        self.cost: tuple[float | None, float] = (None, 0.0)
         self.held_out: float | None = None
         self.told_graphs = False
 
@@ -207,6 +238,7 @@ class Keeper:
         try:
             before = progress.step
             progress, complete = train_loop(self.job, progress, self.observe, self.after_step)
+            self.told(self.saver.finish(), last=True)
             if complete and progress.step == before:
                 self.evaluate(progress)  # nothing was left to train: measure what is there
             if self.recorder:
@@ -221,6 +253,9 @@ class Keeper:
         """Log the step when it is due; the only place where a step waits for its own numbers."""
         self.account.observe(seen.progress)
         step = seen.progress.step
+        self.beside.step(seen.progress.elapsed_s - self.elapsed_s, self.saver.thread is not None)
+        self.elapsed_s = seen.progress.elapsed_s
+        self.told(self.saver.poll())
         last = step == total_steps(self.job.run)
         if step % self.job.run.logging.every_steps and step != 1 and not last:
             return
@@ -239,9 +274,10 @@ class Keeper:
     def after_step(self, progress: Progress, complete: bool, stop: bool) -> None:
         """Evaluate and save when due; one who asked to stop waits for the checkpoint only."""
         run = self.job.run
-        evaluation, saving = run.evaluation.every_steps, run.checkpoint.every_steps
+        evaluation = run.evaluation.every_steps
         evaluated = complete or (evaluation and progress.step % evaluation == 0 and not stop)
-        saved = complete or stop or (saving and progress.step % saving == 0)
+        due = self.interval.due(progress.step, self.job.agreement.elapsed_s)
+        saved = complete or stop or due
         if evaluated:
             self.evaluate(progress)
         if saved:
@@ -266,14 +302,37 @@ class Keeper:
                 self.recorder.held_out(progress, self.held_out, losses, seconds)
 
     def save(self, progress: Progress) -> None:
-        """Save a checkpoint of all ranks and drop old ones."""
-        folder = checkpoints_of(self.job.run.path)
-        job, start = self.job, time.perf_counter()
+        """Begin a checkpoint of all ranks; training waits for the copy of its state."""
+        job = self.job
         with job.clock.between("checkpoint"):
+            self.told(self.saver.finish())
             tensors = checkpoint.tensors_of(job.chunks, job.optimizer, job.loss_scale)
-            path = checkpoint.save(folder, tensors, progress, self.group)
-            if self.recorder:
-                checkpoint.keep_newest(folder, job.run.checkpoint.keep)
-        if self.recorder:
-            seconds = time.perf_counter() - start
-            self.recorder.event(progress, "checkpoint", path=path.name, seconds=seconds)
+            self.saver.save(progress, tensors)
+            cost = broadcast(self.cost, self.group) if self.interval.mtbf_s else (None, 0.0)
+        self.interval.saved(job.agreement.elapsed_s, *cost)
+        self.told(self.saver.poll())
+
+    def told(self, saved: Saved | None, *, last: bool = False) -> None:
+        """Note how a checkpoint went; one that failed is a warning, unless it was the last."""
+        if saved is None:
+            return
+        lost_s, slower = self.beside.take()
+        self.cost = (saved.stall_s + lost_s, saved.write_s)
+        if saved.error is not None and last:
+            raise CheckpointError(
+                f"the last checkpoint, {saved.path}", saved.error,
+                "free space and train again: the run goes on from the checkpoint before it",
+            )  # fmt: skip
+        if not self.recorder:
+            return
+        if saved.error is not None:
+            self.recorder.event(saved.progress, "checkpoint failed", words=saved.error)
+            self.recorder.say(
+                f"WARNING: no checkpoint of step {saved.progress.step:,}: {saved.error}; "
+                "the ones before it stay, and the run goes on"
+            )
+            return
+        self.recorder.event(
+            saved.progress, "checkpoint", path=saved.path.name, seconds=saved.stall_s,
+            write_s=saved.write_s, bytes=saved.size_bytes, slower=slower,
+        )  # fmt: skip
