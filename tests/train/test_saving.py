@@ -78,7 +78,7 @@ def test_training_goes_on_with_other_values_while_a_copy_is_written(tmp_path: Pa
         assert held.wait(60)
         return write_now(*arguments)
 
-    saver._write = write_late  # type: ignore[method-assign]
+    saver._write = write_late  # type: ignore
     assert saver.save(Progress(step=1), tensors) is None
     assert saver.poll() is None
     before = bits(tensors)
@@ -206,7 +206,7 @@ def test_ranks_exchange_values_of_any_length(pool: Pool) -> None:
 def test_a_run_goes_on_when_a_checkpoint_cannot_be_written(
     tiny_run: Callable[..., Run], rows_of: Callable[..., list[dict[str, Any]]], capsys: Any
 ) -> None:
-    """The folder of checkpoints is a file until step 3; the checkpoints of steps 4 and 5 are there."""
+    """The folder of checkpoints is a file until step 3; those of steps 4 and 5 are there."""
     import ridgeline
     from ridgeline.model.decoder import Decoder
     from ridgeline.train.vocabulary import token_loss
