@@ -155,9 +155,10 @@ def last_tensors() -> Callable[[Run], dict[str, bytes]]:
     def read(run: Run) -> dict[str, bytes]:
         newest = max((run.path / "checkpoints").glob("step-*"))
         found: dict[str, bytes] = {}
-        for path in sorted(newest.glob("*.safetensors")):
+        for path in sorted(newest.rglob("*.safetensors")):
             with safe_open(path, framework="np") as file:
                 found |= {key: file.get_tensor(key).tobytes() for key in file.keys()}  # noqa: SIM118
+        assert found
         return found
 
     return read

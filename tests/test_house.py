@@ -111,7 +111,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": FOUNDATION | {"run", "layout", "machine", "model"},
     "launch": FOUNDATION | {"data", "run", "layout", "machine", "model", "torch_compat"},
     "train": FOUNDATION
-    | {"data", "run", "layout", "ledger", "machine", "model", "launch", "torch_compat"},
+    | {"data", "run", "layout", "ledger", "machine", "model", "plan", "launch", "torch_compat"},
     "rehearse": FOUNDATION
     | {"data", "ledger", "run", "plan", "layout", "machine", "model", "train", "torch_compat"},
     "audit": FOUNDATION | {"plan", "ledger", "data", "run", "layout", "machine", "model"},

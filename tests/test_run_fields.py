@@ -32,9 +32,12 @@ from ridgeline.plan.question import question_of_run
 from ridgeline.run import Data, Run
 from ridgeline.train.build import build
 from ridgeline.train.experts import update_router_bias
+from ridgeline.train.interval import mtbf_s
+from ridgeline.train.manifest import Progress
 from ridgeline.train.parallelize import make_mesh
 from ridgeline.train.pipeline import steps_of
 from ridgeline.train.resolve import Host, resolve
+from ridgeline.train.saving import Saver
 from ridgeline.train.schedule import (
     batch_at,
     first_sample,
@@ -44,11 +47,12 @@ from ridgeline.train.schedule import (
 )
 from ridgeline.train.start import judge
 from ridgeline.train.telemetry import Clock
-from ridgeline.train.worker import Outcome
+from ridgeline.train.worker import Outcome, local_folder
 
 MakeRun = Callable[..., Run]
 LAPTOP = Host(torch.device("cpu"), devices=0, cores=2, numa_domains=1, bf16=None)
 TIMED = {"tokens_per_s", "memory_bytes", "step_s", "seconds", "mfu", "time", "start_s"}
+TIMED |= {"write_s", "slower"}
 
 
 def trained(run: Run) -> object:
@@ -58,9 +62,21 @@ def trained(run: Run) -> object:
     rows = [json.loads(line) for line in lines]
     measured = [{k: v for k, v in row.items() if k not in TIMED} for row in rows]
     knows_its_peak = any(row.get("mfu") is not None for row in rows)
+    measured.sort(
+        key=lambda row: ("loss" in row, row["step"])
+    )  # a checkpoint tells when it is done
     kept = sorted(path.name for path in (run.path / "checkpoints").iterdir())
     files = sorted(path.name for path in run.path.iterdir())
     return outcome, measured, knows_its_peak, kept, files
+
+
+def saved(run: Run) -> object:
+    """How a checkpoint is written: whether from a copy, and what lies on the node's own disk."""
+    saver = Saver(run.path / "checkpoints", run.checkpoint, None, local_folder(run))
+    saver.save(Progress(step=1), {"weight": torch.zeros(3)})
+    done = saver.finish()
+    assert done is not None and done.error is None
+    return len(saver.buffers), sorted(Path().rglob("step-*"))
 
 
 def planned(run: Run) -> float:
@@ -281,6 +297,7 @@ CASES = [
     Case("data.workers", 2, made),
     Case("cluster.device", "H100-SXM-80GB", planned, ON_A100),
     Case("cluster.devices", 4, resolved, AUTO),
+    Case("cluster.mtbf_hours", 3.0, mtbf_s),
     Case("layout.data", 2, divided, ONE),
     Case("layout.context", 2, divided, ONE),
     Case("layout.tensor", 2, divided, ONE),
@@ -319,6 +336,14 @@ CASES = [
     Case("evaluation.must_learn_nats", 99.0, judged, {"evaluation": {"must_learn_nats": 0.0}}),
     Case("checkpoint.every_steps", 1, trained),
     Case("checkpoint.keep", 1, trained, {"checkpoint": {"every_steps": 1}}),
+    Case(
+        "checkpoint.permanent_every_steps",
+        2,
+        trained,
+        {"checkpoint": {"every_steps": 1, "keep": 1}},
+    ),
+    Case("checkpoint.asynchronous", False, saved),
+    Case("checkpoint.local", "disk", saved),
     Case("logging.every_steps", 3, trained),
     Case("logging.tensorboard", True, trained),
 ]

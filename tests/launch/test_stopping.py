@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 
 from ridgeline.run import Run
+from ridgeline.train.manifest import read_manifest
 
 MakeRun = Callable[..., Run]
 StartCommand = Callable[..., subprocess.Popen[str]]
@@ -69,8 +69,7 @@ def test_ctrl_c_and_sigterm_save_and_the_resumed_run_is_the_run_that_was_not_sto
     command = start_command("train", tmp_path / "run.toml")
     said = train_until(command, 2, lambda group: os.killpg(group, signal.SIGINT))
     assert command.returncode == 75, said
-    reached = json.loads((max((run.path / "checkpoints").iterdir()) / "manifest.json").read_text())
-    step = reached["progress"]["step"]
+    step = read_manifest(max((run.path / "checkpoints").iterdir())).progress.step
     assert 2 <= step < 12
     assert f"stopped at step {step}; go on with: ridgeline train {run.path}" in said
     assert "Traceback" not in said

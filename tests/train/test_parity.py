@@ -18,6 +18,7 @@ from torch import Tensor
 
 import ridgeline
 from ridgeline.run import Run
+from ridgeline.train.manifest import manifest_text
 from ridgeline.train.vocabulary import token_loss
 
 MakeRun = Callable[..., Run]
@@ -214,9 +215,9 @@ def test_a_resumed_run_of_hours_knows_its_time_from_the_first_step(
     run = tiny_run(budget={"steps": None, "hours": 1.0}, schedule=schedule)
     assert not ridgeline.train(run, loss=StopAt(3)).complete
     manifest = max((run.path / "checkpoints").glob("step-*")) / "manifest.json"
-    told = json.loads(manifest.read_text())
+    told = json.loads(manifest.read_text())["body"]
     told["progress"]["elapsed_s"] = 1800.0  # as if it had trained for half of its hour
-    manifest.write_text(json.dumps(told))
+    manifest.write_text(manifest_text(told))
     before = len(rows_of(run, "loss"))
     assert not ridgeline.train(run, loss=StopAt(3)).complete
     after = [row["lr"] for row in rows_of(run, "loss")[before:]]

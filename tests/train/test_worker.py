@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from ridgeline.model.counts import parameters
 from ridgeline.model.shape import ModelShape
 from ridgeline.run import Run
 from ridgeline.train.build import without_memory
+from ridgeline.train.manifest import read_manifest as manifest_of
 from ridgeline.train.optimizer import LossScale
 
 MakeRun = Callable[..., Run]
@@ -95,13 +95,13 @@ def test_16_bits_keep_master_weights_and_optimizer_in_float32(
 ) -> None:
     run = tiny_run(layout=f"mb4 {precision}")
     ridgeline.train(run)
-    manifest = json.loads((run.path / "checkpoints/step-00000004/manifest.json").read_text())
+    manifest = manifest_of(run.path / "checkpoints/step-00000004")
     kinds = {
-        name: entry["dtype"]
-        for name, entry in manifest["tensors"].items()
+        name: entry.dtype
+        for name, entry in manifest.tensors.items()
         if not name.startswith("random.")
     }
-    assert set(kinds.values()) == {"float32"}
+    assert set(kinds.values()) == {"F32"}
     assert ("loss_scale" in kinds) == (precision == "fp16")
 
 

@@ -91,7 +91,7 @@ class Saver:
     """Rank 0: the manifest's tensors, each chunk with the rank that writes it, its place there."""
     buffers: list[Tensor] = field(default_factory=list)
     thread: threading.Thread | None = None
-    done: Saved | BaseException | None = None
+    done: Saved | None = None
 
     @property
     def rank(self) -> int:
@@ -123,9 +123,12 @@ class Saver:
             return None
         self.thread.join()
         self.thread = None
-        if isinstance(self.done, BaseException):
-            raise self.done
-        return self.done
+        done, self.done = self.done, None
+        if done is None:
+            raise CheckpointError(
+                "writing a checkpoint", "its thread died, as the traceback above says", ""
+            )
+        return done
 
     def finish(self) -> Saved | None:
         """Wait for the last checkpoint; how it went, if that is not yet told."""
@@ -179,14 +182,11 @@ class Saver:
         self, progress: Progress, pieces: Sequence[Tensor], stall_s: float, began: float
     ) -> None:
         final = folder_of(self.folder, progress.step)
-        try:
-            error, size = self._write(final, progress, pieces)
-            write_s = time.perf_counter() - began - stall_s
-            if not self.settings.asynchronous:
-                stall_s, write_s = stall_s + write_s, 0.0
-            self.done = Saved(progress, final, error, stall_s, write_s, size)
-        except BaseException as fault:  # noqa: BLE001 - raised again where training asks
-            self.done = fault
+        error, size = self._write(final, progress, pieces)
+        write_s = time.perf_counter() - began - stall_s
+        if not self.settings.asynchronous:
+            stall_s, write_s = stall_s + write_s, 0.0
+        self.done = Saved(progress, final, error, stall_s, write_s, size)
 
     def _write(
         self, final: Path, progress: Progress, pieces: Sequence[Tensor]
