@@ -238,6 +238,7 @@ WSD = {"schedule": {"shape": "wsd"}, "budget": {"steps": 40}}
 SHARDED = {"layout": {"data": 4, "zero": 3}}
 ONE = {"layout": {"data": 1}}
 STAGES = {"model": {"layers": 4}, "layout": {"pipeline": 2}}
+OFTEN = {"checkpoint": {"every_steps": 1, "keep": 1}}
 LONG = {"budget": {"steps": 40}}
 AUTO = {"layout": "auto"}
 ON_A100 = {"cluster": {"device": "A100-SXM-80GB", "devices": 1}}
