@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,13 @@ FIELDS = {"fits", "validated_on", "stages", "seconds", "rss_bytes"}
 OF_STAGE = {"stage", "rank", "peak_bytes", "by_component", "flops", "collectives"}
 
 
+@pytest.fixture(scope="module")
+def rehearsals() -> Iterator[dict[Path, Future[tuple[int, str, str]]]]:
+    """All of them, two at a time: each takes one core."""
+    with ThreadPoolExecutor(2) as workers:
+        yield {file: workers.submit(rehearsed, file) for file in FILES}
+
+
 def rehearsed(file: Path) -> tuple[int, str, str]:
     """Exit status, standard output and standard error of the command."""
     words = [sys.executable, "-m", "ridgeline", "rehearse", str(file), "--json"]
@@ -31,8 +40,10 @@ def rehearsed(file: Path) -> tuple[int, str, str]:
 
 @pytest.mark.system
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.stem))
-def test_an_example_is_rehearsed(file: Path) -> None:
-    status, out, err = rehearsed(file)
+def test_an_example_is_rehearsed(
+    file: Path, rehearsals: dict[Path, Future[tuple[int, str, str]]]
+) -> None:
+    status, out, err = rehearsals[file].result()
     assert "Traceback" not in err
     if file.stem in REFUSED:
         assert (status, out) == (2, "")

@@ -16,31 +16,33 @@ from ridgeline.train.parity_text import table
 
 pytestmark = pytest.mark.system
 MakeRun = Callable[..., Run]
-STEPS = 6
+STEPS = 4
 
+DIVIDED = ("tp2 pp2 mb4 v2", "dp2 tp2 cp2 mb2 zero2", "dp2 tp2 pp2 mb2 zero3 zbh1")
+"""For every kind of model."""
 COMBINED = (
-    "dp4 mb1 zero3/2", "tp2 pp2 mb4 v2", "tp2 cp2 mb4", "dp2 cp2 mb2 zero3/2", "cp2 pp2 mb4",
-    "dp2 tp2 pp2 mb2 zero1", "dp2 tp2 cp2 mb2 zero2", "dp2 tp2 pp2 mb2 zero3 zbh1",
-    "cp2 tp2 pp2 mb4 zbv full", "cp2 tp2 pp2 mb4 selective",
-    "dp4 pp2 mb1 zero2/2 dualpipev", "dp2 tp2 mb2 zero3 full",
-)  # fmt: skip
+    *DIVIDED,
+    *("dp4 mb1 zero3/2", "dp2 cp2 mb2 zero3/2", "cp2 pp2 mb4", "dp2 tp2 pp2 mb2 zero1"),
+    *("cp2 tp2 pp2 mb4 zbv full", "cp2 tp2 pp2 mb4 selective"),
+    *("dp4 pp2 mb1 zero2/2 dualpipev", "dp2 tp2 mb2 zero3 full"),
+)
 MODELS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "dense": (layouts.DENSE, (*COMBINED, "tp4 pp2 mb4", "cp4 tp2 mb8", "cp8 mb8")),
-    "gpt": (layouts.GPT, (*COMBINED, "tp4 mb8", "pp4 mb2", "dp2 pp4 mb1 zero2")),
-    "qwen": (layouts.QWEN, (*COMBINED, "cp4 mb8", "dp2 tp2 cp2 mb4 zero3/2")),
-    "few-heads": (layouts.FEW_HEADS, (*COMBINED, "cp4 mb8", "cp4 tp2 mb8", "cp8 mb4 zero3")),
+    "gpt": (layouts.GPT, (*DIVIDED, "tp4 mb8", "pp4 mb2", "dp2 pp4 mb1 zero2")),
+    "qwen": (layouts.QWEN, (*DIVIDED, "cp4 mb8", "dp2 tp2 cp2 mb4 zero3/2")),
+    "few-heads": (layouts.FEW_HEADS, (*DIVIDED, "cp4 mb8", "cp4 tp2 mb8", "cp8 mb4 zero3")),
     "mixture": (
         layouts.MIXTURE,
         (
-            *COMBINED,
+            *DIVIDED,
             *("dp2 ep2 tp2 pp2 mb2", "dp4 ep2 mb2 zero1", "dp4 ep2 mb2 zero3/2", "cp2 ep2 mb4"),
             *("dp4 ep4 mb1 zero2", "dp2 cp2 ep4 mb2 zero3", "dp2 ep2 tp2 mb2 zero3 full"),
             *("dp2 cp2 tp2 ep2 mb2 zero1 selective", "dp2 pp2 ep2 mb2 zero3 izb v2"),
         ),
     ),
-}  # fmt: skip
+}
 SCHEDULES = ("gpipe", "1f1b", "v2", "zbh1", "izb v2", "zbv", "dualpipev")
-ORDERS = ("tp-cp-dp-pp", "dp-pp-tp-cp", "cp-tp-pp-dp")
+ORDERS = ("tp-cp-dp-pp", "cp-tp-pp-dp")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -51,15 +53,15 @@ def test_every_layout_of_every_model_is_the_model_of_one_process(
     run = layouts.table_run(make_tiny_run, tmp_path, model)
     found = parity(run, divided, STEPS, pool=pool)
     assert found.equal, table(found)
-    assert found.learnt_nats >= 0.5
+    assert found.learnt_nats >= 0.25
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_every_schedule_is_the_same_model_under_every_zero(
+def test_every_schedule_is_the_same_model_under_zero(
     schedule: str, make_tiny_run: MakeRun, tmp_path: Path, pool: Pool
 ) -> None:
     run = layouts.table_run(make_tiny_run, tmp_path, layouts.GPT)
-    divided = [f"dp2 pp2 mb1 {schedule} zero{zero}" for zero in range(4)]
+    divided = [f"dp2 pp2 mb1 {schedule} zero{zero}" for zero in (2, 3)]
     found = parity(run, divided, STEPS, pool=pool)
     assert found.equal, table(found)
 
@@ -68,9 +70,9 @@ def test_ranks_in_another_order_are_the_same_model(
     make_tiny_run: MakeRun, tmp_path: Path, pool: Pool
 ) -> None:
     run = layouts.table_run(make_tiny_run, tmp_path, layouts.MIXTURE)
-    divided = [f"dp2 tp2 pp2 ep2 mb2 zero2 {order}" for order in ORDERS]
+    divided = ["dp2 tp2 pp2 ep2 mb2 zero2 dp-pp-tp-cp"]
     divided += [f"dp2 cp2 tp2 ep4 mb2 {order}" for order in ORDERS]
-    divided += [f"dp2 cp2 tp2 mb2 zero3/2 {order}" for order in ORDERS]
+    divided += ["dp2 cp2 tp2 mb2 zero3/2 tp-cp-dp-pp"]
     found = parity(run, divided, STEPS, pool=pool)
     assert found.equal, table(found)
 
@@ -90,9 +92,9 @@ def test_bf16_agrees_within_what_its_eight_bits_explain_in_every_layout(
     name: str, make_tiny_run: MakeRun, tmp_path: Path, pool: Pool
 ) -> None:
     run = layouts.table_run(make_tiny_run, tmp_path, MODELS[name][0], layout="mb4 bf16", lr=5e-3)
-    found = parity(run, COMBINED, STEPS, pool=pool)
+    found = parity(run, DIVIDED, STEPS, pool=pool)
     assert found.equal, table(found)
-    assert found.learnt_nats >= 0.5
+    assert found.learnt_nats >= 0.25
 
 
 def test_the_usual_layouts_of_a_mixture_divide_its_experts(
