@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ridgeline.plan import articles
+from bench import articles
 
 PAGE = Path(__file__).parents[2] / "docs" / "articles.md"
 COMPUTED = {
@@ -91,4 +91,4 @@ def test_slips_are_named() -> None:
 
 def test_the_page_is_what_the_functions_print() -> None:
     written = PAGE.read_text(encoding="utf-8")
-    assert written == articles.markdown(), "python -m ridgeline.plan.articles > docs/articles.md"
+    assert written == articles.markdown(), "python bench/articles.py > docs/articles.md"

@@ -1,6 +1,6 @@
 """The articles that started this project, recomputed: each line is a claim and what it comes to.
 
-`python -m ridgeline.plan.articles` prints docs/articles.md. What the articles print is quoted from
+`python bench/articles.py` prints docs/articles.md. What the articles print is quoted from
 them; what is computed comes from the planner's own functions. A figure of ours that rests on a
 number which nobody published says so in its remark.
 """
@@ -376,7 +376,7 @@ def markdown() -> str:
     parts = [
         "# The articles, recomputed",
         "What the articles print, and what it comes to by this planner's functions. "
-        "`python -m ridgeline.plan.articles` prints this page, and a test compares the two. "
+        "`python bench/articles.py` prints this page, and a test compares the two. "
         "A dash: not printed, or not known. Not arithmetic, so not here: benchmark scores, "
         "scaling efficiencies without their base, and what a company says it uses.",
     ]
