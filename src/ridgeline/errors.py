@@ -14,6 +14,7 @@
     ├── RunFolderError      a run folder that belongs to another run, or that another job holds
     ├── CheckpointError     a checkpoint that is damaged, foreign or missing
     ├── LaunchError         worker processes that could not be started or that died
+    ├── CorruptionError     a device that computes wrongly, or copies of one number that differ
     └── NotLearnt           the run ended without having learnt what its file demands
 
 Each says three things: what was asked, the rule that forbids it (with the arithmetic), and what
@@ -97,6 +98,10 @@ class CheckpointError(RidgelineError):
 
 class LaunchError(RidgelineError):
     """Worker processes could not be started, or died."""
+
+
+class CorruptionError(RidgelineError):
+    """A device computes wrongly, or copies of what should be one number differ between ranks."""
 
 
 class NotLearnt(RidgelineError):  # noqa: N818 - it is a verdict, not a fault

@@ -51,7 +51,7 @@ from ridgeline.train.optimizer import LossScale
 
 FORMAT = "ridgeline-checkpoint-1"
 PREFIX = "step-"
-OPTIONAL = ("random.", "loss_scale")
+OPTIONAL = ("random.", "loss_scale", "last_steps")
 """What a checkpoint of another layout or precision need not have."""
 MOVE_AWAY = "move this folder away: the run resumes from the checkpoint before it"
 
@@ -87,6 +87,7 @@ def tensors_of(
     chunks: Sequence[nn.Module],
     optimizer: torch.optim.Optimizer,
     loss_scale: LossScale | None = None,
+    last_steps: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Name to tensor of all that a resumed run needs: weights, buffers, optimizer and random state.
 
@@ -102,6 +103,8 @@ def tensors_of(
     tensors[f"random.{rank}"] = torch.get_rng_state()
     if loss_scale is not None:
         tensors["loss_scale"] = loss_scale.state
+    if last_steps is not None:
+        tensors["last_steps"] = last_steps
     return tensors
 
 

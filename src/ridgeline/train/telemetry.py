@@ -98,6 +98,8 @@ class Observation:
     loss: Tensor
     grad_norm: Tensor
     lr: float
+    bad: Tensor
+    """1 where the step was left out, else 0."""
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -7,11 +7,11 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from ridgeline.data.manifest import Baselines
 from ridgeline.data.mixture import Mixture
@@ -29,6 +29,7 @@ from ridgeline.run import Run
 from ridgeline.torch_compat import HashStore, compiled_graphs, name_of
 from ridgeline.train import checkpoint
 from ridgeline.train.account import Account, held
+from ridgeline.train.badsteps import BadStep
 from ridgeline.train.build import (
     MakeDecoder,
     MakeOptimizer,
@@ -36,9 +37,10 @@ from ridgeline.train.build import (
     without_memory,
 )
 from ridgeline.train.checkpoint import Progress
+from ridgeline.train.corruption import compare_copies, self_test
 from ridgeline.train.folder import checkpoints_of
 from ridgeline.train.loop import Job, LossFunction, held_out_losses, train_loop
-from ridgeline.train.schedule import total_steps
+from ridgeline.train.schedule import batch_at, total_steps
 from ridgeline.train.telemetry import Observation, Recorder, drop_after
 
 
@@ -68,11 +70,14 @@ def work(
 
     `began`: Unix time since which the command, or this process, runs; left out: now.
     """
+    assert isinstance(run.layout, Layout)
     before, began = held(), time.time() if began is None else began
     stop = stop or threading.Event()
     # The fork server loaded torch with threads for all cores; each worker takes its share.
     torch.set_num_threads(threads_per_process(local_processes()))
     with process_group() as (device, control), stop_on_signals(stop):
+        if run.faults.self_test:
+            self_test(device, run.layout, control)
         job = make_job(run, decoder, loss, make_optimizer, device, control, stop.is_set)
         progress = _resume(job, control)
         recorder = None
@@ -126,8 +131,15 @@ def _resume(job: Job, group: dist.ProcessGroup | None) -> Progress:
     if path is None:
         return Progress(data=job.mixture.fingerprint)
     checkpoint.make_state(job.optimizer)
-    tensors = checkpoint.tensors_of(job.chunks, job.optimizer, job.loss_scale)
-    return checkpoint.load(path, tensors, group)
+    progress = checkpoint.load(path, _tensors(job), group)
+    job.bad_steps.resume()
+    return progress
+
+
+def _tensors(job: Job) -> dict[str, Tensor]:
+    """All that a checkpoint holds of a job."""
+    last_steps = job.bad_steps.history if job.run.faults.spike else None
+    return checkpoint.tensors_of(job.chunks, job.optimizer, job.loss_scale, last_steps)
 
 
 def peak_flops(run: Run, device: torch.device) -> float | None:
@@ -198,6 +210,10 @@ class Keeper:
         self.recorder = recorder
         self.held_out: float | None = None
         self.told_graphs = False
+        self.bad: BadStep | None = None
+        """The step before the last one, if it was bad."""
+        self.totals: list[Tensor] = []
+        """Loss and gradient norm of the last step."""
 
     def run(self, progress: Progress) -> Outcome:
         """Train to the end or to a stop."""
@@ -221,6 +237,8 @@ class Keeper:
         """Log the step when it is due; the only place where a step waits for its own numbers."""
         self.account.observe(seen.progress)
         step = seen.progress.step
+        self.bad = self.job.bad_steps.report(seen, batch_at(self.job.run, step - 1))
+        self.totals = [seen.loss, seen.grad_norm]
         last = step == total_steps(self.job.run)
         if step % self.job.run.logging.every_steps and step != 1 and not last:
             return
@@ -236,12 +254,24 @@ class Keeper:
                 self.recorder.event(seen.progress, "compiled", graphs=graphs, graph_breaks=breaks)
                 self.recorder.say(f"compiled: {graphs} graphs, {breaks} graph breaks")
 
-    def after_step(self, progress: Progress, complete: bool, stop: bool) -> None:
-        """Evaluate and save when due; one who asked to stop waits for the checkpoint only."""
+    def after_step(self, progress: Progress, complete: bool, stop: bool) -> Progress | None:
+        """Evaluate and save when due; one who asked to stop waits for the checkpoint only.
+
+        Returns where to go on when that is at a checkpoint from before a bad step.
+        """
         run = self.job.run
         evaluation, saving = run.evaluation.every_steps, run.checkpoint.every_steps
         evaluated = complete or (evaluation and progress.step % evaluation == 0 and not stop)
         saved = complete or stop or (saving and progress.step % saving == 0)
+        if self.bad and (back := self.answer(self.bad, progress)):
+            return back
+        # A checkpoint must be good: what the run goes back to, or starts again from.
+        last = self.job.bad_steps.settle() if evaluated or saved else None
+        if last and (back := self.answer(last, progress)):
+            return back
+        comparing = run.faults.compare_every_steps
+        if comparing and (saved or progress.step % comparing == 0):
+            self.compare(progress)
         if evaluated:
             self.evaluate(progress)
         if saved:
@@ -251,6 +281,44 @@ class Keeper:
                 self.account.write(progress)
             if not (complete or stop):
                 self.account.prepare()
+        return None
+
+    def answer(self, bad: BadStep, progress: Progress) -> Progress | None:
+        """Write a bad step down and do what the run says; where to go on if that is further back.
+
+        Raises NotLearnt where the run is to stop.
+        """
+        job, back, done = self.job, None, "left out"
+        faults = job.run.faults
+        stops = faults.bad_step == "stop" or bad.in_a_row >= faults.most_bad_steps
+        if stops:
+            done = "the run stops"
+        elif faults.bad_step == "roll back":
+            restored = _resume(job, self.group)
+            done = f"back to step {restored.step:,}, past all data since"
+            if restored.step:
+                back = replace(restored, samples=progress.samples, elapsed_s=progress.elapsed_s)
+                self.account.seen = back
+            else:
+                done = "left out: there is no checkpoint to go back to"
+        if self.recorder:
+            now = back or bad.progress
+            self.recorder.event(now, "bad_step", **bad.fields(), done=done)
+            self.recorder.say(f"{bad}: {done}")
+            if back:
+                self.recorder.start(back)
+        if stops:
+            raise bad.error(faults)
+        return back
+
+    def compare(self, progress: Progress) -> None:
+        """Compare what several ranks hold; raises CorruptionError where it differs."""
+        start = time.perf_counter()
+        with self.job.clock.phase("logging"):
+            count = compare_copies(self.job, self.totals, self.group)
+            if self.recorder:
+                seconds = time.perf_counter() - start
+                self.recorder.event(progress, "compared", tensors=count, seconds=seconds)
 
     def evaluate(self, progress: Progress) -> None:
         """Held-out loss of the mixture: the mean of its corpora by weight."""
@@ -270,8 +338,7 @@ class Keeper:
         folder = checkpoints_of(self.job.run.path)
         job, start = self.job, time.perf_counter()
         with job.clock.between("checkpoint"):
-            tensors = checkpoint.tensors_of(job.chunks, job.optimizer, job.loss_scale)
-            path = checkpoint.save(folder, tensors, progress, self.group)
+            path = checkpoint.save(folder, _tensors(job), progress, self.group)
             if self.recorder:
                 checkpoint.keep_newest(folder, job.run.checkpoint.keep)
         if self.recorder:
