@@ -49,7 +49,8 @@ class BadStep(NamedTuple):
         """What is wrong with it."""
         of_both = zip(("loss", "gradient norm"), (self.loss, self.norm), self.limits, strict=True)
         return ", ".join(
-            f"{name} {value:.4g} " + (f"above {limit:.4g}" if value < math.inf else "is not finite")
+            f"{name} {value:.4g} "
+            + (f"above {limit:.4g}" if math.isfinite(value) else "is not finite")
             for name, value, limit in of_both
             if not (math.isfinite(value) and value <= limit)
         )
