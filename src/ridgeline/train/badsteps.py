@@ -8,6 +8,8 @@ it one step late, when the next step is under way.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -108,8 +110,10 @@ class BadSteps:
         """`loss_scaled`: gradients that are not finite are the loss scale's to answer for."""
         self.faults = faults or Faults()
         self.loss_scaled = loss_scaled
-        self.history = torch.full((2, WINDOW + 1), math.nan, dtype=torch.float64)
-        """Loss and norm of the last steps, NaN of bad ones; for a checkpoint."""
+        self.history: Tensor | None = None
+        """Loss and norm of the last steps, NaN of bad ones; for a checkpoint. Where spikes count."""
+        if self.faults.spike:
+            self.history = torch.full((2, WINDOW + 1), math.nan, dtype=torch.float64)
         self.limits = NO_LIMITS
         self.pending: _Pending | None = None
         self.in_a_row = self.furthest = 0
@@ -117,7 +121,7 @@ class BadSteps:
     def flag(self, loss: Tensor, norm: Tensor) -> Tensor:
         """1 where a step with these numbers is bad, else 0: float32 (), on their device."""
         most_loss, most_norm = self.limits
-        good = torch.isfinite(loss + norm) & (loss <= most_loss) & (norm <= most_norm)
+        good = ((loss + norm).abs() < math.inf) & (loss <= most_loss) & (norm <= most_norm)
         return (~good).float()
 
     def update(self, optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
@@ -140,7 +144,9 @@ class BadSteps:
     def report(self, seen: Observation, batch: int) -> BadStep | None:
         """Send a step's numbers, of `batch` samples, to the host; the step before, if bad."""
         before = self.settle()
-        limits, self.limits = self.limits, self._limits_after(self.history[:, 1:])
+        limits = self.limits
+        if self.history is not None:
+            self.limits = self._limits_after(self.history[:, 1:])
         values = torch.stack((seen.loss, seen.grad_norm, seen.bad.to(seen.loss.dtype)))
         arrived = None
         if values.device.type != "cpu":
@@ -158,7 +164,7 @@ class BadSteps:
         if arrived is not None:
             arrived.synchronize()
         loss, norm, bad = values.tolist()
-        if self.faults.spike:
+        if self.history is not None:
             self.history.copy_(self.history.roll(-1, 1))
             self.history[:, -1] = torch.tensor([math.nan if bad else x for x in (loss, norm)])
         if not bad:
@@ -175,11 +181,35 @@ class BadSteps:
         Its last step was read before it was saved, and limits know a step only one step later.
         """
         self.pending = None
-        self.limits = self._limits_after(self.history[:, :-1])
+        if self.history is not None:
+            self.limits = self._limits_after(self.history[:, :-1])
+
+    def stops(self, bad: BadStep) -> bool:
+        """Whether the run ends here."""
+        faults = self.faults
+        return faults.bad_step == "stop" or bad.in_a_row >= faults.most_bad_steps
+
+    def answer(
+        self, bad: BadStep, now: Progress, restore: Callable[[], Progress]
+    ) -> tuple[str, Progress | None]:
+        """Do what the run says about a bad step: what is done, and where to go on if further back.
+
+        `restore` goes back to the newest checkpoint, or stays, with progress 0, where there is none
+        (arXiv:2204.02311, section 5.1, for what rolling back is good for).
+        """
+        if self.stops(bad):
+            return "the run stops", None
+        if self.faults.bad_step == "skip":
+            return "left out", None
+        restored = restore()
+        if not restored.step:
+            return "left out: there is no checkpoint to go back to", None
+        back = replace(restored, samples=now.samples, elapsed_s=now.elapsed_s)
+        return f"back to step {back.step:,}, past all data since", back
 
     def _limits_after(self, history: Tensor) -> Limits:
         """Limits by (2, WINDOW) steps."""
-        if not self.faults.spike or int((~history[0].isnan()).sum()) < ENOUGH:
+        if int((~history[0].isnan()).sum()) < ENOUGH:
             return NO_LIMITS
         middle = history.nanmedian(1, keepdim=True).values
         spread = 1.4826 * (history - middle).abs().nanmedian(1, keepdim=True).values

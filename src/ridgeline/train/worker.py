@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -138,7 +138,7 @@ def _resume(job: Job, group: dist.ProcessGroup | None) -> Progress:
 
 def _tensors(job: Job) -> dict[str, Tensor]:
     """All that a checkpoint holds of a job."""
-    last_steps = job.bad_steps.history if job.run.faults.spike else None
+    last_steps = job.bad_steps.history
     return checkpoint.tensors_of(job.chunks, job.optimizer, job.loss_scale, last_steps)
 
 
@@ -288,27 +288,16 @@ class Keeper:
 
         Raises NotLearnt where the run is to stop.
         """
-        job, back, done = self.job, None, "left out"
-        faults = job.run.faults
-        stops = faults.bad_step == "stop" or bad.in_a_row >= faults.most_bad_steps
-        if stops:
-            done = "the run stops"
-        elif faults.bad_step == "roll back":
-            restored = _resume(job, self.group)
-            done = f"back to step {restored.step:,}, past all data since"
-            if restored.step:
-                back = replace(restored, samples=progress.samples, elapsed_s=progress.elapsed_s)
-                self.account.seen = back
-            else:
-                done = "left out: there is no checkpoint to go back to"
+        steps = self.job.bad_steps
+        done, back = steps.answer(bad, progress, lambda: _resume(self.job, self.group))
         if self.recorder:
-            now = back or bad.progress
-            self.recorder.event(now, "bad_step", **bad.fields(), done=done)
+            self.recorder.event(back or bad.progress, "bad_step", **bad.fields(), done=done)
             self.recorder.say(f"{bad}: {done}")
             if back:
                 self.recorder.start(back)
-        if stops:
-            raise bad.error(faults)
+        if steps.stops(bad):
+            raise bad.error(self.job.run.faults)
+        self.account.seen = back or self.account.seen
         return back
 
     def compare(self, progress: Progress) -> None:
