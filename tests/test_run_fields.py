@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,13 +17,15 @@ import torch
 import torch.distributed as dist
 from pydantic import BaseModel
 from rich.console import Console
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ridgeline
 from ridgeline.data.prepare import prepare
-from ridgeline.errors import LayoutError, NotLearnt
+from ridgeline.errors import CorruptionError, LayoutError, NotLearnt
 from ridgeline.layout.arithmetic import check
 from ridgeline.layout.layout import Layout
 from ridgeline.layout.trainable import trainable
@@ -47,6 +51,7 @@ from ridgeline.train.schedule import (
 )
 from ridgeline.train.start import judge
 from ridgeline.train.telemetry import Clock
+from ridgeline.train.vocabulary import token_loss
 from ridgeline.train.worker import Outcome, local_folder
 
 MakeRun = Callable[..., Run]
@@ -77,6 +82,44 @@ def saved(run: Run) -> object:
     done = saver.finish()
     assert done is not None and done.error is None
     return len(saver.buffers), sorted(Path().rglob("step-*"))
+
+
+def troubled(run: Run) -> object:
+    """Which steps are left out, and whether one stops the run, where the loss is NaN in step 2 and
+    a thousandfold in step 23."""
+    factors = (
+        {2: math.nan, 23: 1000.0}.get(step, 1.0) for step in itertools.count(1) for _ in range(2)
+    )
+
+    def loss(logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
+        factor = next(factors) if torch.is_grad_enabled() else 1.0
+        return token_loss(logits_BLV, targets_BL) * factor
+
+    stopped = None
+    try:
+        ridgeline.train(run, loss=loss)
+    except NotLearnt as error:
+        stopped = error.rule
+    rows = (run.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return stopped, [row["step"] for row in map(json.loads, rows) if row.get("event") == "bad_step"]
+
+
+def miscalculated(run: Run) -> bool:
+    """Whether a device whose products are wrong goes unnoticed."""
+
+    class Faulty(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+        ) -> Any:
+            out = func(*args, **(kwargs or {}))
+            return out + 1 if func is torch.ops.aten.mm.default else out
+
+    try:
+        with Faulty():  # type: ignore[no-untyped-call]
+            ridgeline.train(run)
+    except CorruptionError:
+        return False
+    return True
 
 
 def planned(run: Run) -> float:
@@ -241,6 +284,7 @@ STAGES = {"model": {"layers": 4}, "layout": {"pipeline": 2}}
 OFTEN = {"checkpoint": {"every_steps": 1, "keep": 1}}
 LONG = {"budget": {"steps": 40}}
 AUTO = {"layout": "auto"}
+SPIKED = {"budget": {"steps": 24}, "faults": {"spike": 20.0}}
 ON_A100 = {"cluster": {"device": "A100-SXM-80GB", "devices": 1}}
 
 CASES = [
@@ -345,6 +389,11 @@ CASES = [
     ),
     Case("checkpoint.asynchronous", False, saved),
     Case("checkpoint.local", "disk", saved),
+    Case("faults.bad_step", "stop", troubled, SPIKED),
+    Case("faults.spike", 0.0, troubled, SPIKED),
+    Case("faults.most_bad_steps", 1, troubled, SPIKED),
+    Case("faults.compare_every_steps", 2, trained),
+    Case("faults.self_test", False, miscalculated),
     Case("logging.every_steps", 3, trained),
     Case("logging.tensorboard", True, trained),
 ]

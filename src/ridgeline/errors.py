@@ -15,6 +15,7 @@
     ├── CheckpointError     a checkpoint that is foreign, missing, or cannot be written
     │   └── DamagedCheckpoint   one that is not what was written: the one before it is used
     ├── LaunchError         worker processes that could not be started or that died
+    ├── CorruptionError     a device that computes wrongly, or copies of one number that differ
     └── NotLearnt           the run ended without having learnt what its file demands
 
 Each says three things: what was asked, the rule that forbids it (with the arithmetic), and what
@@ -102,6 +103,10 @@ class DamagedCheckpoint(CheckpointError):  # noqa: N818 - it is a state
 
 class LaunchError(RidgelineError):
     """Worker processes could not be started, or died."""
+
+
+class CorruptionError(RidgelineError):
+    """A device computes wrongly, or copies of what should be one number differ between ranks."""
 
 
 class NotLearnt(RidgelineError):  # noqa: N818 - it is a verdict, not a fault

@@ -187,7 +187,8 @@ class Faults(Section):
     """With fewer nodes than before, go on in the nearest layout that fits them."""
     bad_step: Literal["skip", "roll back", "stop"] = "skip"
     """A step whose loss or gradient is not finite, or a spike, is left out; or the run goes back to
-    its newest checkpoint and passes over the data since; or it stops."""
+    its newest checkpoint and passes over the data since; or it stops. Optimizers other than
+    PyTorch's fused ones make every step wait until it is known whether it was bad."""
     spike: NaturalFloat = 0.0
     """A gradient norm or loss this many robust deviations above the median of the last steps is a
     spike; 0: only what is not finite is bad."""

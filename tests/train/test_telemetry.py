@@ -51,7 +51,7 @@ def rows_of(run: Run) -> list[dict[str, Any]]:
 
 def observation(step: int, tokens: int) -> Observation:
     progress = Progress(step=step, tokens=tokens, elapsed_s=0.5 * step)
-    return Observation(progress, torch.tensor(2.0), torch.tensor(0.5), 1e-3)
+    return Observation(progress, torch.tensor(2.0), torch.tensor(0.5), 1e-3, torch.zeros(()))
 
 
 def test_the_line_is_the_one_that_was_promised(tiny_run: MakeRun) -> None:

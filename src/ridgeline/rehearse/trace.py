@@ -33,6 +33,7 @@ from ridgeline.rehearse.fused import fuse, on_cpu
 from ridgeline.run import Run
 from ridgeline.torch_compat import FakeTensorMode, fake_process_group, settle_shards
 from ridgeline.train.agreement import Agreement
+from ridgeline.train.badsteps import BadSteps
 from ridgeline.train.build import (
     MakeDecoder,
     MakeOptimizer,
@@ -140,6 +141,13 @@ class _Accepting(LossScale):
         return True
 
 
+class _AllGood(BadSteps):
+    """Nor is a step bad, for an optimizer that asks the host."""
+
+    def known(self, bad: Tensor) -> bool:
+        return False
+
+
 class _Nobody(Agreement):
     """No rank ever asks to stop."""
 
@@ -218,6 +226,7 @@ def _job(run: Run, program: Program, mesh: Mesh, pipeline: Pipeline, clock: Cloc
         agreement=_Nobody(None),
         clock=clock,
         stop_asked=lambda: False,
+        bad_steps=_AllGood(),
     )
 
 
@@ -305,7 +314,7 @@ def _living(tracker: Tracker, moment: Mark, since: Mark | None = None) -> Counte
 def _fetching(job: Job, tracker: Tracker, micro_batches: int) -> tuple[int, int]:
     """Bytes of the tokens of a step, and what fetching and counting them launches."""
     start = tracker.mark()
-    inputs, targets = fetch(replace(job, run=of_micro_batches(job.run, micro_batches)), 0)
+    inputs, targets = fetch(replace(job, run=of_micro_batches(job.run, micro_batches)), Progress())
     valid_tokens(targets)
     sizes = [each.untyped_storage().nbytes() for each in (*inputs, *targets)]
     return sum(sizes), tracker.mark().kernels - start.kernels

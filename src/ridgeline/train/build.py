@@ -19,6 +19,7 @@ from ridgeline.model.shape import ModelShape
 from ridgeline.run import Optimizer, Run
 from ridgeline.torch_compat import Unfilled, local_part
 from ridgeline.train.agreement import Agreement
+from ridgeline.train.badsteps import BadSteps
 from ridgeline.train.loop import Job, LossFunction
 from ridgeline.train.optimizer import LossScale
 from ridgeline.train.parallelize import PRECISIONS, Mesh, cut, make_mesh, parallelize
@@ -78,6 +79,7 @@ def make_job(
         agreement=Agreement(control),
         clock=clock,
         stop_asked=stop_asked,
+        bad_steps=BadSteps(run.faults, loss_scaled=run.layout.precision == "fp16"),
     )
 
 

@@ -44,7 +44,7 @@ from ridgeline.train.manifest import (
 )
 from ridgeline.train.optimizer import LossScale
 
-OPTIONAL = ("random.", "loss_scale")
+OPTIONAL = ("random.", "loss_scale", "last_steps")
 """What a checkpoint of another layout, precision or device need not have."""
 
 
@@ -63,6 +63,7 @@ def tensors_of(
     chunks: Sequence[nn.Module],
     optimizer: torch.optim.Optimizer,
     loss_scale: LossScale | None = None,
+    last_steps: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Name to tensor of all that a resumed run needs: weights, buffers, optimizer and random state.
 
@@ -80,6 +81,8 @@ def tensors_of(
         tensors[f"random.{device}.{rank}"] = torch.get_device_module(device).get_rng_state()
     if loss_scale is not None:
         tensors["loss_scale"] = loss_scale.state
+    if last_steps is not None:
+        tensors["last_steps"] = last_steps
     return tensors
 
 

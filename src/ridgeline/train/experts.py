@@ -119,11 +119,13 @@ def set_loss_scale(modules: Iterable[nn.Module], scale: Tensor | float) -> None:
 
 
 @torch.no_grad()
-def update_router_bias(modules: Iterable[nn.Module], total: Callable[[Tensor], Tensor]) -> None:
+def update_router_bias(
+    modules: Iterable[nn.Module], total: Callable[[Tensor], Tensor], share: Tensor | float = 1.0
+) -> None:
     """After a step: each expert's bias up where it had fewer visits than the mean, down where more.
 
     By bias_rate (arXiv:2412.19437, section 2.1.2); then the counting starts anew. `total` sums over
-    all ranks that train the same layers (data, context and tensor).
+    all ranks that train the same layers (data, context and tensor). `share`: 0 moves nothing.
     """
     found = mixtures(modules)
     if not found:
@@ -131,7 +133,7 @@ def update_router_bias(modules: Iterable[nn.Module], total: Callable[[Tensor], T
     visits_ME = total(torch.stack([mixture.visits for mixture in found]))
     # sign(mean - visits), in whole numbers
     behind_ME = visits_ME.sum(1, keepdim=True) - visits_ME * visits_ME.shape[1]
-    direction_ME = behind_ME.sign().float()
+    direction_ME = behind_ME.sign() * share
     for mixture, direction_E in zip(found, direction_ME, strict=True):
         mixture.selection_bias.add_(direction_E, alpha=mixture.settings.bias_rate)
         mixture.visits.zero_()

@@ -19,12 +19,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ridgeline.torch_compat import work_of
+from ridgeline.torch_compat import FakeTensor, work_of
 from ridgeline.train.messages import MessageAxis, message_of
 from ridgeline.train.telemetry import Clock
 
 WAIT = "_c10d_functional::wait_tensor"
-PLAIN = (Tensor, nn.Parameter)
+PLAIN = (Tensor, nn.Parameter, FakeTensor)
+"""DTensor asks fake ones for shapes, when it meets an operation for the first time."""
 
 
 class Exposed(TorchDispatchMode):  # type: ignore[no-untyped-call]

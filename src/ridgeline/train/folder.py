@@ -19,11 +19,19 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ridgeline.errors import LaunchError, RidgelineError, RunFolderError
+from ridgeline.errors import (
+    CorruptionError,
+    LaunchError,
+    NotLearnt,
+    RidgelineError,
+    RunFolderError,
+)
 from ridgeline.processes import is_alive
 from ridgeline.run import Run, read_run
 
 LOCK = "lock.json"
+TOLD = (CorruptionError, LaunchError, NotLearnt)
+"""Errors of a run that had begun: what it had told of itself stays."""
 
 
 def checkpoints_of(folder: Path) -> Path:
@@ -127,9 +135,9 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         yield
     except (RidgelineError, KeyboardInterrupt) as error:
-        # A run that was refused leaves nothing; one whose worker died keeps what it had said.
+        # A run that was refused leaves nothing; one that had begun keeps what it had said.
         saved = any(checkpoints_of(folder).glob("step-*"))
-        if created and not saved and not isinstance(error, LaunchError):
+        if created and not saved and not isinstance(error, TOLD):
             shutil.rmtree(folder)
         raise
     finally:

@@ -6,7 +6,7 @@ Shape suffixes: B sequences of a micro-batch, L tokens of a sequence, V vocabula
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -18,12 +18,13 @@ from ridgeline.layout.layout import Layout
 from ridgeline.run import Run
 from ridgeline.torch_compat import drop_gathered
 from ridgeline.train.agreement import Agreement
+from ridgeline.train.badsteps import BadSteps
 from ridgeline.train.experts import set_loss_scale, update_router_bias
 from ridgeline.train.manifest import Progress
 from ridgeline.train.optimizer import LossScale, clip, totals
 from ridgeline.train.parallelize import Mesh
 from ridgeline.train.pipeline import LossOf, Pipeline
-from ridgeline.train.schedule import batch_at, first_sample, learning_rate, run_fraction
+from ridgeline.train.schedule import batch_at, learning_rate, run_fraction
 from ridgeline.train.telemetry import Clock, Observation
 from ridgeline.train.tied import sum_tied
 from ridgeline.train.vocabulary import IGNORED
@@ -49,6 +50,7 @@ class Job:
     clock: Clock
     stop_asked: Callable[[], bool]
     """Whether somebody asked this rank to stop."""
+    bad_steps: BadSteps = field(default_factory=BadSteps)
 
     @property
     def chunks(self) -> list[nn.Module]:
@@ -69,12 +71,12 @@ def train_loop(
     job: Job,
     progress: Progress,
     observe: Callable[[Observation], None],
-    after_step: Callable[[Progress, bool, bool], None],
+    after_step: Callable[[Progress, bool, bool], Progress | None],
 ) -> tuple[Progress, bool]:
     """Train from `progress` to the end of the budget; the progress reached, and whether complete.
 
     `observe` gets every step's numbers, still on the device; `after_step(progress, complete, stop)`
-    evaluates and saves.
+    evaluates and saves, and says where to go on when that is elsewhere.
     """
     run, optimizer, clock = job.run, job.optimizer, job.clock
     stop, fraction = False, run_fraction(run, progress.step, progress.elapsed_s)
@@ -85,7 +87,7 @@ def train_loop(
             group["lr"] = rate
 
         with clock.phase("data"):
-            inputs, targets = fetch(job, step)
+            inputs, targets = fetch(job, progress)
             valid = job.mesh.sum_over_replicas(valid_tokens(targets))
             factor = job.loss_scale.factor if job.loss_scale else 1.0
             set_loss_scale(job.chunks, factor / valid)
@@ -98,37 +100,40 @@ def train_loop(
             both = totals(parameters, job.counted(loss), job.layout, repeated)
             norm, loss = (each / factor for each in both)
             clip(parameters, norm, run.optimizer.clip_norm, factor)
+            bad = job.bad_steps.flag(loss, norm)
             if job.loss_scale is None or job.loss_scale.accepts(norm):
-                optimizer.step()
+                job.bad_steps.update(optimizer, bad)
             optimizer.zero_grad(set_to_none=True)
-            update_router_bias(job.chunks, partial(job.mesh.sum_over_replicas, tensor=True))
+            total = partial(job.mesh.sum_over_replicas, tensor=True)
+            update_router_bias(job.chunks, total, 1 - bad)
 
         batch = batch_at(run, step)
         progress = replace(
             progress,
             step=step + 1,
-            samples=first_sample(run, step + 1),
+            samples=progress.samples + batch,
             tokens=progress.tokens + batch * run.sequence,
             elapsed_s=progress.elapsed_s + clock.lap(),
         )
-        observe(Observation(progress, loss, norm, rate))
+        observe(Observation(progress, loss, norm, rate, bad))
         stop, elapsed_s = job.agreement.report(job.stop_asked(), progress.elapsed_s)
         # The first report of a resumed run agrees on no time yet, but the budget never grows back.
         fraction = max(fraction, run_fraction(run, progress.step, elapsed_s))
-        after_step(progress, fraction >= 1, stop)
+        if back := after_step(progress, fraction >= 1, stop):
+            progress, fraction = back, run_fraction(run, back.step, back.elapsed_s)
     job.agreement.settle()
     return progress, fraction >= 1
 
 
-def fetch(job: Job, step: int) -> tuple[list[Tensor], list[Tensor]]:
-    """This rank's micro-batches of `step`: inputs and targets, each (B, L) int64 on its device.
+def fetch(job: Job, progress: Progress) -> tuple[list[Tensor], list[Tensor]]:
+    """This rank's micro-batches of a step: inputs and targets, each (B, L) int64 on its device.
 
     Micro-batch i of all ranks together is a contiguous run of samples, so which samples a step
-    holds depends on the step alone.
+    holds does not depend on the layout.
     """
     size, ranks = job.layout.micro_batch, job.layout.data
-    start = first_sample(job.run, step) + job.mesh.place["data"] * size
-    offsets = range(0, batch_at(job.run, step), size * ranks)
+    start = progress.samples + job.mesh.place["data"] * size
+    offsets = range(0, batch_at(job.run, progress.step), size * ranks)
     windows = [torch.as_tensor(job.mixture.batch(start + at, size)) for at in offsets]
     return split(job, windows)
 

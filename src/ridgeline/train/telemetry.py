@@ -98,6 +98,8 @@ class Observation:
     loss: Tensor
     grad_norm: Tensor
     lr: float
+    bad: Tensor
+    """1 where the step was left out, else 0."""
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -136,6 +138,12 @@ class Recorder:
     def event(self, progress: Progress, name: str, **fields: Any) -> None:
         """Write an event to metrics.jsonl."""
         self.write({"step": progress.step, "event": name} | fields)
+
+    def tell(self, progress: Progress, told: Iterable[tuple[str, str]]) -> None:
+        """What befell checkpoints: the events' names and words."""
+        for name, words in told:
+            self.event(progress, name, words=words)
+            self.say(f"checkpoint {name}: {words}")
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one object, and the Unix time, to metrics.jsonl; no finite number: null there."""

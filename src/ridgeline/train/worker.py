@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from ridgeline.data.manifest import Baselines
 from ridgeline.data.mixture import Mixture
@@ -31,19 +31,21 @@ from ridgeline.run import Run
 from ridgeline.torch_compat import HashStore, compiled_graphs, name_of
 from ridgeline.train import checkpoint
 from ridgeline.train.account import Account, held
+from ridgeline.train.badsteps import BadStep
 from ridgeline.train.build import (
     MakeDecoder,
     MakeOptimizer,
     make_job,
     without_memory,
 )
+from ridgeline.train.corruption import compare_copies, self_test
 from ridgeline.train.exchange import broadcast
 from ridgeline.train.folder import checkpoints_of
 from ridgeline.train.interval import Beside, Interval
 from ridgeline.train.loop import Job, LossFunction, held_out_losses, train_loop
 from ridgeline.train.manifest import Progress, complete, remove_partial
 from ridgeline.train.saving import Saved, Saver, drain_left
-from ridgeline.train.schedule import total_steps
+from ridgeline.train.schedule import batch_at, total_steps
 from ridgeline.train.telemetry import Observation, Recorder, drop_after
 
 
@@ -73,19 +75,20 @@ def work(
 
     `began`: Unix time since which the command, or this process, runs; left out: now.
     """
+    assert isinstance(run.layout, Layout)
     before, began = held(), time.time() if began is None else began
     stop = stop or threading.Event()
     # The fork server loaded torch with threads for all cores; each worker takes its share.
     torch.set_num_threads(threads_per_process(local_processes()))
     with process_group() as (device, control), stop_on_signals(stop):
+        if run.faults.self_test:
+            self_test(device, run.layout, control)
         job = make_job(run, decoder, loss, make_optimizer, device, control, stop.is_set)
         progress, told = _resume(job, control)
         recorder = None
         if job.mesh.rank == 0:
             recorder = _recorder(job, without_memory(decoder, run.model), progress, began)
-            for name, words in told:
-                recorder.event(progress, name, words=words)
-                recorder.say(f"checkpoint {name}: {words}")
+            recorder.tell(progress, told)
         account = Account(job, control, peak_flops(run, device), progress, before)
         keeper = Keeper(job, control, recorder, account, progress)
         return keeper.run(progress)
@@ -141,16 +144,22 @@ def _resume(job: Job, group: dist.ProcessGroup | None) -> tuple[Progress, list[t
     if not broadcast(bool(complete(folder)), group):
         return Progress(data=job.mixture.fingerprint), told
     checkpoint.make_state(job.optimizer)
-    tensors = checkpoint.tensors_of(job.chunks, job.optimizer, job.loss_scale)
-    progress, damaged = checkpoint.restore(folder, tensors, group)
+    progress, damaged = checkpoint.restore(folder, _tensors(job), group)
     told += [("damaged", str(fault)) for fault in damaged]
     assert progress is not None  # there are checkpoints, and none that is sound raises
+    job.bad_steps.resume()
     return progress, told
 
 
 def local_folder(run: Run) -> Path | None:
     """Where on each node's own disk this run's checkpoints are written first."""
     return run.checkpoint.local / run.name if run.checkpoint.local else None
+
+
+def _tensors(job: Job) -> dict[str, Tensor]:
+    """All that a checkpoint holds of a job."""
+    last_steps = job.bad_steps.history
+    return checkpoint.tensors_of(job.chunks, job.optimizer, job.loss_scale, last_steps)
 
 
 def peak_flops(run: Run, device: torch.device) -> float | None:
@@ -229,6 +238,10 @@ class Keeper:
         self.cost: tuple[float | None, float] = (None, 0.0)
         self.held_out: float | None = None
         self.told_graphs = False
+        self.bad: BadStep | None = None
+        """The step before the last one, if it was bad."""
+        self.totals: list[Tensor] = []
+        """Loss and gradient norm of the last step."""
 
     def run(self, progress: Progress) -> Outcome:
         """Train to the end or to a stop."""
@@ -256,6 +269,8 @@ class Keeper:
         self.beside.step(seen.progress.elapsed_s - self.elapsed_s, self.saver.thread is not None)
         self.elapsed_s = seen.progress.elapsed_s
         self.told(self.saver.poll())
+        self.bad = self.job.bad_steps.report(seen, batch_at(self.job.run, step - 1))
+        self.totals = [seen.loss, seen.grad_norm]
         last = step == total_steps(self.job.run)
         if step % self.job.run.logging.every_steps and step != 1 and not last:
             return
@@ -271,13 +286,25 @@ class Keeper:
                 self.recorder.event(seen.progress, "compiled", graphs=graphs, graph_breaks=breaks)
                 self.recorder.say(f"compiled: {graphs} graphs, {breaks} graph breaks")
 
-    def after_step(self, progress: Progress, complete: bool, stop: bool) -> None:
-        """Evaluate and save when due; one who asked to stop waits for the checkpoint only."""
+    def after_step(self, progress: Progress, complete: bool, stop: bool) -> Progress | None:
+        """Evaluate and save when due; one who asked to stop waits for the checkpoint only.
+
+        Returns where to go on when that is at a checkpoint from before a bad step.
+        """
         run = self.job.run
         evaluation = run.evaluation.every_steps
         evaluated = complete or (evaluation and progress.step % evaluation == 0 and not stop)
         due = self.interval.due(progress.step, self.job.agreement.elapsed_s)
         saved = complete or stop or due
+        if self.bad and (back := self.answer(self.bad, progress)):
+            return back
+        # A checkpoint must be good: what the run goes back to, or starts again from.
+        last = self.job.bad_steps.settle() if evaluated or saved else None
+        if last and (back := self.answer(last, progress)):
+            return back
+        comparing = run.faults.compare_every_steps
+        if comparing and (saved or progress.step % comparing == 0):
+            self.compare(progress)
         if evaluated:
             self.evaluate(progress)
         if saved:
@@ -287,6 +314,41 @@ class Keeper:
                 self.account.write(progress)
             if not (complete or stop):
                 self.account.prepare()
+        return None
+
+    def answer(self, bad: BadStep, progress: Progress) -> Progress | None:
+        """Write a bad step down and do what the run says; where to go on if that is further back.
+
+        Raises NotLearnt where the run is to stop.
+        """
+        steps = self.job.bad_steps
+        done, back = steps.answer(bad, progress, self.go_back)
+        if self.recorder:
+            self.recorder.event(back or bad.progress, "bad_step", **bad.fields(), done=done)
+            self.recorder.say(f"{bad}: {done}")
+            if back:
+                self.recorder.start(back)
+        if steps.stops(bad):
+            raise bad.error(self.job.run.faults)
+        self.account.seen = back or self.account.seen
+        return back
+
+    def go_back(self) -> Progress:
+        """Restore the newest checkpoint, the one that is being written too."""
+        self.told(self.saver.finish())
+        progress, told = _resume(self.job, self.group)
+        if self.recorder:
+            self.recorder.tell(progress, told)
+        return progress
+
+    def compare(self, progress: Progress) -> None:
+        """Compare what several ranks hold; raises CorruptionError where it differs."""
+        start = time.perf_counter()
+        with self.job.clock.phase("logging"):
+            count = compare_copies(self.job, self.totals, self.group)
+            if self.recorder:
+                seconds = time.perf_counter() - start
+                self.recorder.event(progress, "compared", tensors=count, seconds=seconds)
 
     def evaluate(self, progress: Progress) -> None:
         """Held-out loss of the mixture: the mean of its corpora by weight."""
@@ -306,8 +368,7 @@ class Keeper:
         job = self.job
         with job.clock.between("checkpoint"):
             self.told(self.saver.finish())
-            tensors = checkpoint.tensors_of(job.chunks, job.optimizer, job.loss_scale)
-            self.saver.save(progress, tensors)
+            self.saver.save(progress, _tensors(job))
             cost = broadcast(self.cost, self.group) if self.interval.mtbf_s else (None, 0.0)
         self.interval.saved(job.agreement.elapsed_s, *cost)
         self.told(self.saver.poll())
