@@ -26,8 +26,9 @@ from ridgeline.model.decoder import Decoder
 from ridgeline.run import Faults, Optimizer, Run
 from ridgeline.train.badsteps import ENOUGH, WINDOW, BadStep, BadSteps
 from ridgeline.train.build import make_job
-from ridgeline.train.checkpoint import Progress, make_state, tensors_of
+from ridgeline.train.checkpoint import make_state, tensors_of
 from ridgeline.train.loop import train_loop
+from ridgeline.train.manifest import Progress, manifest_text, read_manifest
 from ridgeline.train.optimizer import LossScale, adamw
 from ridgeline.train.telemetry import Observation
 from ridgeline.train.vocabulary import token_loss
@@ -236,14 +237,13 @@ def test_rolling_back_passes_over_all_data_since_the_checkpoint(
     for step in (6, 8):
         shutil.rmtree(other.path / f"checkpoints/step-{step:08d}")
     manifest = other.path / "checkpoints/step-00000004/manifest.json"
-    values = json.loads(manifest.read_text())
+    values = json.loads(manifest.read_text())["body"]
     assert values["progress"]["samples"] == 4 * BATCH
     values["progress"]["samples"] = 6 * BATCH
-    manifest.write_text(json.dumps(values))
+    manifest.write_text(manifest_text(values))
     ridgeline.train(other)
     assert last_tensors(run) == last_tensors(other)
-    values = json.loads((run.path / "checkpoints/step-00000008/manifest.json").read_text())
-    assert values["progress"]["samples"] == 10 * BATCH
+    assert read_manifest(run.path / "checkpoints/step-00000008").progress.samples == 10 * BATCH
 
 
 def test_the_last_step_rolled_back_is_done_again_with_other_data(

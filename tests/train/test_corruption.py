@@ -23,9 +23,10 @@ from ridgeline.model.decoder import Decoder
 from ridgeline.run import Optimizer, Run
 from ridgeline.train import corruption
 from ridgeline.train.build import make_job
-from ridgeline.train.checkpoint import Progress, model_tensors
+from ridgeline.train.checkpoint import model_tensors
 from ridgeline.train.corruption import checksum, compare_copies, self_test, wrong_products
 from ridgeline.train.loop import train_loop
+from ridgeline.train.manifest import Progress
 from ridgeline.train.optimizer import adamw
 from ridgeline.train.telemetry import Observation
 from ridgeline.train.vocabulary import token_loss
