@@ -14,10 +14,13 @@
     ├── RunFolderError      a run folder that belongs to another run, or that another job holds
     ├── CheckpointError     a checkpoint that is damaged, foreign or missing
     ├── LaunchError         worker processes that could not be started or that died
-    └── NotLearnt           the run ended without having learnt what its file demands
+    │   └── WorkerLost      a worker that was killed, or whose device or connection failed
+    ├── NotLearnt           the run ended without having learnt what its file demands
+    └── Stopped             the run was asked to stop before its first step
 
 Each says three things: what was asked, the rule that forbids it (with the arithmetic), and what
-would work. The command prints them without a traceback and exits with status 2 (NotLearnt: 1).
+would work. The command prints them without a traceback and exits with status 2 (NotLearnt: 1,
+Stopped: 75, as for a run that was saved: start it again).
 """
 
 from __future__ import annotations
@@ -31,6 +34,8 @@ class RidgelineError(Exception):
     """Base of the tree. `asked`: what was asked; `rule`: why not; `remedy`: what would work."""
 
     exit_status: ClassVar[int] = 2
+    passes: ClassVar[bool] = False
+    """Whether the same run, started again from its newest checkpoint, may well not meet it."""
 
     def __init__(self, asked: str, rule: str = "", remedy: str = "") -> None:
         super().__init__(asked, rule, remedy)  # positional, so that it survives pickling
@@ -99,10 +104,23 @@ class LaunchError(RidgelineError):
     """Worker processes could not be started, or died."""
 
 
+class WorkerLost(LaunchError):  # noqa: N818 - it happened to a worker
+    """A worker process died of what lies outside the program: killed, or a failed device."""
+
+    passes: ClassVar[bool] = True
+
+
 class NotLearnt(RidgelineError):  # noqa: N818 - it is a verdict, not a fault
     """The run ended, but not as far below its baselines as its file demands."""
 
     exit_status: ClassVar[int] = 1
+
+
+class Stopped(RidgelineError):  # noqa: N818 - somebody wished it
+    """The run was asked to stop before its first step."""
+
+    exit_status: ClassVar[int] = 75
+    """sysexits' EX_TEMPFAIL: start me again. A run that stopped later and was saved has it too."""
 
 
 def nearest(wanted: str, known: Iterable[str]) -> str:

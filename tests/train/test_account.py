@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ NOT_OF_THE_STEP = {"compute_s", "total_s", "checkpoint_stall_s", "evaluation_s"}
 def _work(run: Run) -> None:
     run.path.mkdir(parents=True, exist_ok=True)
     (run.path / "checkpoints").mkdir(exist_ok=True)
-    work(run, Decoder, token_loss, adamw, time.time())
+    work(run, Decoder, token_loss, adamw)
 
 
 def ledger(run: Run) -> Ledger:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,12 +14,8 @@ from torch import nn
 
 from ridgeline.data.manifest import Baselines
 from ridgeline.data.mixture import Mixture
-from ridgeline.launch.local import (
-    StopFlag,
-    local_processes,
-    stop_on_signals,
-    threads_per_process,
-)
+from ridgeline.launch.local import Life, local_processes, threads_per_process
+from ridgeline.launch.stopping import Wish, refuse_to_start, stop_asked
 from ridgeline.layout.layout import Layout
 from ridgeline.machine.device import device as device_named
 from ridgeline.machine.device import recognise
@@ -29,6 +24,7 @@ from ridgeline.run import Run
 from ridgeline.torch_compat import HashStore, compiled_graphs, name_of
 from ridgeline.train import checkpoint
 from ridgeline.train.account import Account, held
+from ridgeline.train.agreement import Agreement
 from ridgeline.train.build import (
     MakeDecoder,
     MakeOptimizer,
@@ -38,6 +34,7 @@ from ridgeline.train.build import (
 from ridgeline.train.checkpoint import Progress
 from ridgeline.train.folder import checkpoints_of
 from ridgeline.train.loop import Job, LossFunction, held_out_losses, train_loop
+from ridgeline.train.samples import SampleLog
 from ridgeline.train.schedule import total_steps
 from ridgeline.train.telemetry import Observation, Recorder, drop_after
 
@@ -61,23 +58,23 @@ def work(
     decoder: MakeDecoder,
     loss: LossFunction,
     make_optimizer: MakeOptimizer,
-    began: float | None = None,
-    stop: StopFlag | None = None,
+    life: Life | None = None,
 ) -> Outcome:
-    """Train `run`, resolved, as the rank that the environment says this process is.
-
-    `began`: Unix time since which the command, or this process, runs; left out: now.
-    """
-    before, began = held(), time.time() if began is None else began
-    stop = stop or threading.Event()
+    """Train `run`, resolved, as the rank that the environment says this process is."""
+    before, life = held(), life or Life(Wish(), time.time())
     # The fork server loaded torch with threads for all cores; each worker takes its share.
     torch.set_num_threads(threads_per_process(local_processes()))
-    with process_group() as (device, control), stop_on_signals(stop):
-        job = make_job(run, decoder, loss, make_optimizer, device, control, stop.is_set)
+    with process_group() as (device, control):
+        asked = stop_asked(life.stop, run.faults.save_before_s, decides=dist.get_rank() == 0)
+        refuse_to_start(Agreement(control).ask(asked()))
+        job = make_job(run, decoder, loss, make_optimizer, device, control, asked)
         progress = _resume(job, control)
-        recorder = None
-        if job.mesh.rank == 0:
-            recorder = _recorder(job, without_memory(decoder, run.model), progress, began)
+        refuse_to_start(job.agreement.ask(asked()))
+        recorder, rank = None, job.mesh.rank
+        if run.logging.samples:
+            job.samples = SampleLog(run.path / "samples", rank, job.layout.world, progress.step)
+        if rank == 0:
+            recorder = _recorder(job, without_memory(decoder, run.model), progress, life)
         account = Account(job, control, peak_flops(run, device), progress, before)
         keeper = Keeper(job, control, recorder, account)
         return keeper.run(progress)
@@ -144,7 +141,7 @@ def peak_flops(run: Run, device: torch.device) -> float | None:
     return known.peak_flops.get(run.layout.precision) if known else None
 
 
-def _recorder(job: Job, whole: nn.Module, progress: Progress, began: float) -> Recorder:
+def _recorder(job: Job, whole: nn.Module, progress: Progress, life: Life) -> Recorder:
     """Rank 0's recorder, after saying what is trained, what was lost and what was restored."""
     run, device = job.run, job.mesh.device
     lost = drop_after(run.path / "metrics.jsonl", progress.step)
@@ -161,10 +158,16 @@ def _recorder(job: Job, whole: nn.Module, progress: Progress, began: float) -> R
     embedding = sum(p.numel() for p in {p for part in ends for p in part.parameters()})
     if lost:
         recorder.event(progress, "lost", lost_steps=lost.steps, lost_s=lost.seconds)
+    if life.lost:
+        recorder.event(progress, "restarted", why=life.lost[-1], restarts=len(life.lost))
+    if life.layout_before:
+        words = {"layout": str(run.layout), "asked": life.layout_before}
+        recorder.event(progress, "fewer devices", **words)
+        recorder.say(f"fewer devices: '{run.layout}' instead of '{life.layout_before}'")
     recorder.event(
         progress,
         "resumed" if progress.step else "started",
-        start_s=time.time() - began,
+        start_s=time.time() - life.began,
         total_steps=total_steps(run),
         model=run.model.name,
         parameters=parameters,
@@ -208,7 +211,7 @@ class Keeper:
             before = progress.step
             progress, complete = train_loop(self.job, progress, self.observe, self.after_step)
             if complete and progress.step == before:
-                self.evaluate(progress)  # nothing was left to train: measure what is there
+                complete = self.evaluate(progress)  # nothing was left to train: measure what is
             if self.recorder:
                 self.recorder.event(progress, "finished" if complete else "interrupted")
         finally:
@@ -236,27 +239,36 @@ class Keeper:
                 self.recorder.event(seen.progress, "compiled", graphs=graphs, graph_breaks=breaks)
                 self.recorder.say(f"compiled: {graphs} graphs, {breaks} graph breaks")
 
-    def after_step(self, progress: Progress, complete: bool, stop: bool) -> None:
-        """Evaluate and save when due; one who asked to stop waits for the checkpoint only."""
+    def after_step(self, progress: Progress, complete: bool, stop: bool) -> bool:
+        """Evaluate and save when due: whether to stop, for `stop` or for what was heard meanwhile.
+
+        One who asked to stop waits for the checkpoint only; the evaluation is left to the resumed
+        run.
+        """
         run = self.job.run
         evaluation, saving = run.evaluation.every_steps, run.checkpoint.every_steps
-        evaluated = complete or (evaluation and progress.step % evaluation == 0 and not stop)
+        due = complete or (evaluation > 0 and progress.step % evaluation == 0)
+        evaluated = due and not stop and self.evaluate(progress)
+        stop = stop or (due and not evaluated)
         saved = complete or stop or (saving and progress.step % saving == 0)
-        if evaluated:
-            self.evaluate(progress)
         if saved:
             self.save(progress)
+        if saved and not complete and not stop:  # not a step later, with another checkpoint
+            stop = self.job.agreement.ask(self.job.stop_asked())
         with self.job.clock.phase("logging"):
             if evaluated or saved or self.account.just_sampled:
                 self.account.write(progress)
             if not (complete or stop):
                 self.account.prepare()
+        return stop
 
-    def evaluate(self, progress: Progress) -> None:
-        """Held-out loss of the mixture: the mean of its corpora by weight."""
+    def evaluate(self, progress: Progress) -> bool:
+        """Held-out loss of the mixture: the mean of its corpora by weight. False: stopped."""
         start = time.perf_counter()
         with self.job.clock.between("evaluation"):
             losses = held_out_losses(self.job)
+        if losses is None:
+            return False
         weights = {corpus.name: corpus.weight for corpus in self.job.mixture.corpora}
         mean = sum(losses[name] * weight for name, weight in weights.items())
         self.held_out = mean / sum(weights.values())
@@ -264,6 +276,7 @@ class Keeper:
             seconds = time.perf_counter() - start
             with self.job.clock.phase("logging"):
                 self.recorder.held_out(progress, self.held_out, losses, seconds)
+        return True
 
     def save(self, progress: Progress) -> None:
         """Save a checkpoint of all ranks and drop old ones."""
