@@ -96,13 +96,13 @@ def test_a_signal_within_an_evaluation_ends_it_and_the_resumed_run_evaluates(
 
 def test_a_signal_within_a_checkpoint_ends_with_that_checkpoint(tiny_run: MakeRun) -> None:
     run = tiny_run(checkpoint={"every_steps": 2})
-    write = checkpoint.save_planned
+    write = checkpoint.save
 
     def signalled(*arguments: Any, **options: Any) -> Any:
         os.kill(os.getpid(), signal.SIGUSR1)
         return write(*arguments, **options)
 
-    with patch.object(checkpoint, "save_planned", signalled):
+    with patch.object(checkpoint, "save", signalled):
         outcome = ridgeline.train(run)
     assert (outcome.complete, outcome.step) == (False, 2)
     assert checkpoints(run) == ["step-00000002"]
@@ -126,14 +126,14 @@ def test_a_signal_before_the_first_step_leaves_all_as_it_was(tiny_run: MakeRun) 
 
     assert ridgeline.train(run).complete
     longer = run.model_copy(update={"budget": run.budget.model_copy(update={"steps": 6})})
-    read = checkpoint.load_planned
+    read = checkpoint.load
 
     def signalled(*arguments: Any, **options: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
         return read(*arguments, **options)
 
     written = (run.path / "metrics.jsonl").read_text()
-    with patch.object(checkpoint, "load_planned", signalled), pytest.raises(Stopped):
+    with patch.object(checkpoint, "load", signalled), pytest.raises(Stopped):
         ridgeline.train(longer)
     assert checkpoints(run) == ["step-00000004"]
     assert (run.path / "metrics.jsonl").read_text() == written
