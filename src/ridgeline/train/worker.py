@@ -11,10 +11,12 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.rendezvous import rendezvous
 
 from ridgeline.data.manifest import Baselines
 from ridgeline.data.mixture import Mixture
 from ridgeline.launch.local import Life, local_processes, threads_per_process
+from ridgeline.launch.rounds import own_round
 from ridgeline.launch.stopping import Wish, refuse_to_start, stop_asked
 from ridgeline.layout.layout import Layout
 from ridgeline.machine.device import device as device_named
@@ -104,7 +106,9 @@ def process_group() -> Iterator[tuple[torch.device, dist.ProcessGroup | None]]:
     backend = dist.get_default_backend_for_device(device)
     backends = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:{backend}"
     if "RANK" in os.environ:
-        dist.init_process_group(backends)
+        store, rank, world = next(rendezvous("env://"))
+        store = own_round(store, rank, world)
+        dist.init_process_group(backends, store=store, rank=rank, world_size=world)
     else:
         dist.init_process_group(backends, store=HashStore(), rank=0, world_size=1)
     alone = dist.get_world_size() == 1
