@@ -107,7 +107,7 @@ def job_of(run: Run) -> Job:
 
 def two_steps(job: Job, between: Callable[[], None]) -> None:
     """Train, and call `between` after each step."""
-    train_loop(job, Progress(), lambda _: between(), lambda *_: None)
+    train_loop(job, Progress(), lambda _: between(), lambda *_: (False, None))
 
 
 def tracked(run: Run) -> tuple[int, int]:

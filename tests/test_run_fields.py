@@ -6,11 +6,15 @@ import io
 import itertools
 import json
 import math
+import os
 import shutil
+import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -25,7 +29,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ridgeline
 from ridgeline.data.prepare import prepare
-from ridgeline.errors import CorruptionError, LayoutError, NotLearnt
+from ridgeline.errors import CorruptionError, LaunchError, LayoutError, NotLearnt, WorkerLost
+from ridgeline.launch.local import Life, run_workers
+from ridgeline.launch.stopping import Wish, deadline
 from ridgeline.layout.arithmetic import check
 from ridgeline.layout.layout import Layout
 from ridgeline.layout.trainable import trainable
@@ -242,6 +248,47 @@ def made(run: Run) -> object:
     return str(run.data.folder), manifest.digest(), shards, workers
 
 
+def launched(run: Run) -> object:
+    """The layout for which a launcher has too few devices."""
+    return resolve(run, LAPTOP, 2)[0].layout
+
+
+def lost(run: Run) -> object:
+    """What becomes of a worker that dies once."""
+    run.path.mkdir(parents=True)
+    try:
+        return run_workers(lose_once, (run.path,), 1, faults=run.faults)
+    except WorkerLost:
+        return None
+
+
+def lose_once(folder: Path, life: Life) -> int:
+    if not life.lost:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return len(life.lost)
+
+
+def slow(run: Run) -> object:
+    """What becomes of a worker that was asked to stop and takes a second and a half."""
+    stop = Wish()
+    stop.set()
+    try:
+        return run_workers(sleep, (1.5,), 1, stop, run.faults)
+    except LaunchError as error:
+        return error.rule
+
+
+def sleep(seconds: float, life: Life) -> float:
+    time.sleep(seconds)
+    return seconds
+
+
+def limited(run: Run) -> float:
+    """When to save, in a job that ends an hour after the epoch."""
+    with patch.dict(os.environ, {"SLURM_JOB_END_TIME": "3600"}):
+        return deadline(run.faults.save_before_s)
+
+
 @dataclass(frozen=True)
 class Case:
     """A field, another value for it, and the probe that shows the difference."""
@@ -394,7 +441,12 @@ CASES = [
     Case("faults.most_bad_steps", 1, troubled, SPIKED),
     Case("faults.compare_every_steps", 2, trained),
     Case("faults.self_test", False, miscalculated),
+    Case("faults.restarts", 0, lost),
+    Case("faults.fewer_devices", False, launched, {"layout": {"data": 4}}),
+    Case("faults.stop_within_s", 0.5, slow),
+    Case("faults.save_before_s", 60.0, limited),
     Case("logging.every_steps", 3, trained),
+    Case("logging.samples", True, trained),
     Case("logging.tensorboard", True, trained),
 ]
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from ridgeline.audit.audit import Audit
     from ridgeline.data.manifest import Manifest
+    from ridgeline.launch.stopping import StopFlag
     from ridgeline.model.shape import ModelShape
     from ridgeline.plan.cost import Cost
     from ridgeline.plan.plan import Plan
@@ -70,21 +71,26 @@ def train(
     decoder: MakeDecoder | None = None,
     loss: LossFunction | None = None,
     optimizer: MakeOptimizer | None = None,
+    stop: StopFlag | None = None,
 ) -> Outcome:
     """Train a run, with a decoder, loss or optimizer of one's own where given.
 
     `decoder(shape)` makes the model, `loss(logits_BLV, targets_BL)` sums over tokens, and
-    `optimizer(model, settings)` makes the optimizer; see `ridgeline.train.start.train`.
+    `optimizer(model, settings)` makes the optimizer; see `ridgeline.train.start.train`. Signals set
+    `stop`, as the caller may.
     """
     from ridgeline.launch.local import started_by_launcher, warm_up
+    from ridgeline.launch.stopping import Wish, stop_on_signals
 
-    if not started_by_launcher() and (run.layout == "auto" or run.layout.world > 1):
-        warm_up()  # the fork server imports torch while this process does
-    from ridgeline.train.start import train as start
+    stop = stop or Wish()
+    with stop_on_signals(stop, within_s=run.faults.stop_within_s):
+        if not started_by_launcher() and (run.layout == "auto" or run.layout.world > 1):
+            warm_up()  # the fork server imports torch while this process does
+        from ridgeline.train.start import train as start
 
-    parts = {"decoder": decoder, "loss": loss, "optimizer": optimizer}
-    own: Any = {name: part for name, part in parts.items() if part is not None}
-    return start(run, **own)
+        parts = {"decoder": decoder, "loss": loss, "optimizer": optimizer}
+        own: Any = {name: part for name, part in parts.items() if part is not None}
+        return start(run, **own, stop=stop)
 
 
 def parity(

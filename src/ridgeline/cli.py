@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -12,10 +13,8 @@ import ridgeline
 from ridgeline.cli_audit import audit
 from ridgeline.cli_plan import NewFile, machines, plan, probe, validate
 from ridgeline.cli_train import OVERRIDES, parity, rehearse
-from ridgeline.errors import NotLearnt, RidgelineError
-
-RESUME_ME = 75
-"""Exit status of a run that was asked to stop: saved, not complete (sysexits' EX_TEMPFAIL)."""
+from ridgeline.errors import NotLearnt, RidgelineError, Stopped
+from ridgeline.launch.stopping import Wish, end_agent, stop_on_signals
 
 
 def main() -> NoReturn:
@@ -23,6 +22,10 @@ def main() -> NoReturn:
     and an exit status."""
     try:
         verbs(prog_name="ridgeline", standalone_mode=False)
+    except Stopped as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            click.echo(stopped)
+        sys.exit(stopped.exit_status)
     except RidgelineError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_status)
@@ -83,14 +86,24 @@ def prepare(context: click.Context, run_file: Path) -> None:
 def train(context: click.Context, run_file: Path) -> None:
     """Train RUN_FILE (or go on with a run folder) on this machine's devices.
 
-    Resumes from the newest checkpoint in the run's folder. Ctrl-C saves and says how to go on
-    (exit status 75). Any field of the run can be overridden by its dotted name.
+    Resumes from the newest checkpoint in the run's folder. Ctrl-C, or a signal of a batch system,
+    saves and says how to go on (exit status 75). Any field of the run can be overridden by its
+    dotted name.
 
     \b
     Example:
       ridgeline train run.toml --optimizer.lr 3e-4 --layout "dp2 mb8 bf16"
     """
-    overrides = context.args
+    with stop_on_signals(stop := Wish()):
+        try:
+            _train(run_file, context.args, stop)
+        except Stopped:
+            end_agent()
+            raise
+
+
+def _train(run_file: Path, overrides: list[str], stop: Wish) -> None:
+    """Train, report, and say how it ended."""
     if run_file.is_dir():
         from ridgeline.train.folder import latest_run_file
 
@@ -100,15 +113,17 @@ def train(context: click.Context, run_file: Path) -> None:
         run_file = latest_run_file(run_file)
     run = ridgeline.read_run(run_file, overrides)
     try:
-        outcome = ridgeline.train(run)
+        outcome = ridgeline.train(run, stop=stop)
     except NotLearnt:
         click.echo(f"report: {ridgeline.report(run.path)}")
         raise
     if outcome.rank == 0:
         click.echo(f"report: {ridgeline.report(run.path)}")
     if not outcome.complete:
-        click.echo(f"stopped at step {outcome.step:,}; go on with: ridgeline train {run.path}")
-        sys.exit(RESUME_ME)
+        if outcome.rank == 0:
+            click.echo(f"stopped at step {outcome.step:,}; go on with: ridgeline train {run.path}")
+        end_agent()
+        sys.exit(Stopped.exit_status)
 
 
 @verbs.command()

@@ -15,11 +15,14 @@
     ├── CheckpointError     a checkpoint that is foreign, missing, or cannot be written
     │   └── DamagedCheckpoint   one that is not what was written: the one before it is used
     ├── LaunchError         worker processes that could not be started or that died
+    │   └── WorkerLost      a worker that was killed, or whose device or connection failed
     ├── CorruptionError     a device that computes wrongly, or copies of one number that differ
-    └── NotLearnt           the run ended without having learnt what its file demands
+    ├── NotLearnt           the run ended without having learnt what its file demands
+    └── Stopped             the run was asked to stop before its first step
 
 Each says three things: what was asked, the rule that forbids it (with the arithmetic), and what
-would work. The command prints them without a traceback and exits with status 2 (NotLearnt: 1).
+would work. The command prints them without a traceback and exits with status 2 (NotLearnt: 1,
+Stopped: 75, as for a run that was saved: start it again).
 """
 
 from __future__ import annotations
@@ -33,6 +36,8 @@ class RidgelineError(Exception):
     """Base of the tree. `asked`: what was asked; `rule`: why not; `remedy`: what would work."""
 
     exit_status: ClassVar[int] = 2
+    passes: ClassVar[bool] = False
+    """Whether the same run, started again from its newest checkpoint, may well not meet it."""
 
     def __init__(self, asked: str, rule: str = "", remedy: str = "") -> None:
         super().__init__(asked, rule, remedy)  # positional, so that it survives pickling
@@ -105,14 +110,29 @@ class LaunchError(RidgelineError):
     """Worker processes could not be started, or died."""
 
 
+class WorkerLost(LaunchError):  # noqa: N818 - it happened to a worker
+    """A worker process died of what lies outside the program: killed, or a failed device."""
+
+    passes: ClassVar[bool] = True
+
+
 class CorruptionError(RidgelineError):
     """A device computes wrongly, or copies of what should be one number differ between ranks."""
+
+    passes: ClassVar[bool] = True
 
 
 class NotLearnt(RidgelineError):  # noqa: N818 - it is a verdict, not a fault
     """The run ended, but not as far below its baselines as its file demands."""
 
     exit_status: ClassVar[int] = 1
+
+
+class Stopped(RidgelineError):  # noqa: N818 - somebody wished it
+    """The run was asked to stop before its first step."""
+
+    exit_status: ClassVar[int] = 75
+    """sysexits' EX_TEMPFAIL: start me again. A run that stopped later and was saved has it too."""
 
 
 def nearest(wanted: str, known: Iterable[str]) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 # In-process store of a one-member group, and the store behind env://; re-exported by
 # torch.distributed only conditionally. Tested on 2.11.0 and 2.13.0.
-from torch._C._distributed_c10d import HashStore, TCPStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
 # A process group by its name. Private name. Tested on 2.11.0 and 2.13.0.
 from torch._C._distributed_c10d import _resolve_process_group as group_named
@@ -62,6 +62,8 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "HashStore",
+    "PrefixStore",
+    "Store",
     "TCPStore",
     "Unfilled",
     "all_to_all",

@@ -73,7 +73,7 @@ if __name__ == "__main__":
 def test_a_rank_that_raises_is_heard_and_the_others_end(
     layout: str, kind: str, where: str, rank: int, tiny_run: MakeRun, tmp_path: Path
 ) -> None:
-    run = tiny_run(layout=f"{layout} fp32", model={"layers": 4})
+    run = tiny_run(layout=f"{layout} fp32", model={"layers": 4}, faults={"restarts": 1})
     (tmp_path / "run.toml").write_text(run.to_toml())
     (tmp_path / "script.py").write_text(SCRIPT)
     script, file = tmp_path / "script.py", tmp_path / "run.toml"
@@ -88,9 +88,12 @@ def test_a_rank_that_raises_is_heard_and_the_others_end(
         assert "LayoutError: sending torch.float64 (4, 32, 32) to chunk 1" in said
         return
     reason = "ZeroDivisionError: by nothing" if kind == "own" else "exit code 7"
-    told = re.search(rf"LaunchError: rank (\d+) \(process \d+\) died\n  rule: {reason}\n", said)
+    told = re.search(
+        rf"(?:LaunchError|WorkerLost): rank (\d+) \(process \d+\) died\n  rule: {reason}\n", said
+    )
     assert told is not None, said
     assert int(told[1]) == rank
+    assert ("all start again" in said) == (kind == "silent")  # a mistake would be made again
     assert said.count("Traceback") == (kind == "own")  # the others' complaints are not shown
     if kind == "own":
         assert "in fail\n    raise" in done.stderr

@@ -39,7 +39,7 @@ def seen_in_second_step(job: Job, tracker: Tracker, owners: Owners) -> Seen:
         marks.append(tracker.mark())
 
     job.pipeline.around = owners.around
-    train_loop(job, Progress(), observe, lambda *_: None)
+    train_loop(job, Progress(), observe, lambda *_: (False, None))
     owners.claim()
     first, second = marks
     peak, parts = tracker.peak(first.events)

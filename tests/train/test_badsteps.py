@@ -80,7 +80,7 @@ def seen_by(run: Run) -> tuple[list[bool], list[BadStep | None]]:
         def observe(seen: Observation) -> None:
             found.append(job.bad_steps.report(seen, BATCH))
 
-        def after_step(*_: Any) -> None:
+        def after_step(*_: Any) -> tuple[bool, None]:
             now = {name: t.detach().clone() for name, t in local(job.chunks, job.optimizer).items()}
             same = {name: torch.equal(value, now[name]) for name, value in before.items()}
             kinds = {"model", "exp_avg", "exp_avg_sq", "step", "selection_bias"}
@@ -89,6 +89,7 @@ def seen_by(run: Run) -> tuple[list[bool], list[BadStep | None]]:
             assert not same or not moved or moved == present, moved  # all of it, or nothing
             changed.append(bool(moved))
             before.update(now)
+            return False, None
 
         train_loop(job, Progress(), observe, after_step)
         found.append(job.bad_steps.settle())

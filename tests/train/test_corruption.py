@@ -79,7 +79,7 @@ def compared(run: Run, rank: int, names: list[str]) -> tuple[int, list[str]]:
     said = []
     with process_group() as (device, control):
         job = make_job(run, Decoder, token_loss, adamw, device, control, lambda: False)
-        train_loop(job, Progress(), observe, lambda *_: None)
+        train_loop(job, Progress(), observe, lambda *_: (False, None))
         count = compare_copies(job, totals, control)
         held = {name: t for chunk in job.chunks for name, t in model_tensors(chunk).items()}
         held |= {"the loss": totals[0]}

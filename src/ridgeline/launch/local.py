@@ -1,8 +1,9 @@
 """Worker processes on this machine, under PyTorch's elastic agent.
 
 Workers fork from a server that has imported torch already, so two of them start as fast as one.
-The agent never handles SIGINT or SIGTERM: the parent passes a wish to stop on to the workers
-through an event, they agree on the step, save, and end by themselves.
+The agent handles no signal that means to stop: the parent passes the wish on to the workers through
+a file, they agree on the step, save, and end by themselves. When one is lost, all start again under
+a new agent, from the newest checkpoint: the agent's own restarts would repeat every error.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ridgeline import errors
+from ridgeline.launch.stopping import SIGNALS, StopFile, StopFlag, Wish, listen, stop_on_signals
+from ridgeline.run import Faults
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -36,29 +39,35 @@ LAST_WORDS_S = 1.0
 
 Gone at once, it would take the others with it, who then complain of lost connections.
 """
+LATE = "late"
+"""File that is there when workers were killed because they stopped too slowly."""
 PRELOADED = ["torch", "torch.distributed", "ridgeline.train.worker"]
 
 
-class StopFlag(Protocol):
-    """A wish to stop that other processes see, such as a multiprocessing Event."""
+@dataclass(frozen=True)
+class Life:
+    """What a start of a run's processes knows of its command and of the starts before it."""
 
-    def is_set(self) -> bool:
-        """Whether somebody wishes to stop."""
-
-    def set(self) -> None:
-        """Wish to stop."""
+    stop: StopFlag
+    began: float
+    """Unix time since which it starts: the command's, or the loss's that it follows."""
+    lost: tuple[str, ...] = ()
+    """Why each start before it ended."""
+    layout_before: str = ""
+    """The layout asked for, where fewer devices are left than it needs."""
 
 
 def warm_up() -> None:
     """Start the fork server, which imports torch beside this process, not after it.
 
-    It and its workers inherit that SIGINT is blocked: Ctrl-C reaches every process of a terminal,
-    and the parent alone passes it on. Here it is only held back, so that none is lost.
+    It and its workers inherit that signals are blocked: what is sent to a whole group of processes
+    must not end them; workers listen for it. Here it is only held back, so that none is lost.
     """
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
-    multiprocessing.resource_tracker.ensure_running()  # it would unblock what is blocked here
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
+        multiprocessing.resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # the tracker's start unblocks some
         multiprocessing.forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -89,52 +98,108 @@ def threads_per_process(processes: int) -> int:
     return int(asked) if asked.isdecimal() else max(1, len(os.sched_getaffinity(0)) // processes)
 
 
-def run_workers(function: Callable[..., Any], arguments: tuple[Any, ...], processes: int) -> Any:
-    """Call `function(*arguments, stop)` in `processes` ranks; what rank 0 returns.
+def run_workers(
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    processes: int,
+    stop: StopFlag | None = None,
+    faults: Faults | None = None,
+) -> Any:
+    """Call `function(*arguments, life)` in `processes` ranks; what rank 0 returns.
 
-    Raises the RidgelineError that a rank raised first, or LaunchError when one died otherwise.
+    Lost workers are started again as often as `faults` allows; left out: never. Raises the
+    RidgelineError that a rank raised first, or LaunchError when one died otherwise.
     """
-    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    faults, stop = faults or Faults(restarts=0), stop or Wish()
+    began, lost = time.time(), list[str]()
+    while True:
+        with tempfile.TemporaryDirectory(prefix="ridgeline-") as name:
+            folder, file = Path(name), StopFile(Path(name, "stop"))
+            limit_s = faults.stop_within_s
+            with stop_on_signals(stop, file, within_s=limit_s), _ended_within(limit_s, file):
+                if stop.is_set():
+                    file.set()
+                given = (function, arguments, Life(file, began, tuple(lost)), folder)
+                try:
+                    return _run_agent(given, processes, folder)
+                except ChildFailedError as failure:
+                    error = _first_error(failure, folder, limit_s)
+        if stop.is_set() or not error.passes or len(lost) == faults.restarts:
+            raise error
+        began = time.time()
+        lost.append(f"{error.asked}: {error.rule}")
+        again = f"{lost[-1]}; all start again from the newest checkpoint"
+        print(f"{again} ({len(lost)} of {faults.restarts} times)", flush=True)
+
+
+def _run_agent(given: tuple[Any, ...], processes: int, folder: Path) -> Any:
+    """Call `_guarded(*given)` in `processes` ranks under an agent; what rank 0 returns."""
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     for chatty in ("torch.distributed.elastic", "torch.multiprocessing"):
         logging.getLogger(chatty).setLevel(logging.CRITICAL)
-    stop = multiprocessing.get_context("forkserver").Event()
-    with tempfile.TemporaryDirectory(prefix="ridgeline-") as folder, stop_on_signals(stop):
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=processes,
-            run_id=uuid.uuid4().hex,
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            max_restarts=0,
-            start_method="forkserver",
-            local_addr="localhost",
-            logs_specs=DefaultLogsSpecs(log_dir=folder),
-            signals_to_handle="SIGHUP,SIGQUIT",
-        )
-        try:
-            returned = elastic_launch(config, _guarded)(function, arguments, stop, Path(folder))
-        except ChildFailedError as failure:
-            raise _first_error(failure, Path(folder)) from None
-    return returned[0]
+    warm_up()
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        start_method="forkserver",
+        local_addr="localhost",
+        logs_specs=DefaultLogsSpecs(log_dir=str(folder)),
+        signals_to_handle="SIGQUIT",  # the others are handled already, and must not end the agent
+    )
+    return elastic_launch(config, _guarded)(*given)[0]
 
 
 def _guarded(
-    function: Callable[..., Any], arguments: tuple[Any, ...], stop: StopFlag, faults: Path
+    function: Callable[..., Any], arguments: tuple[Any, ...], life: Life, folder: Path
 ) -> Any:
     """Call `function` in a worker; what it raises is left for the parent to raise again."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # in every thread: one listens for them
+    parent = multiprocessing.parent_process()
+    assert parent is not None
     threading.Thread(target=end_with_parent, daemon=True).start()
+    threading.Thread(target=listen, args=(life.stop, parent.pid), daemon=True).start()
+    (folder / f"{os.environ['RANK']}.pid").write_text(str(os.getpid()))
     try:
-        return function(*arguments, stop)
+        return function(*arguments, life)
     except Exception as error:
-        _leave(error, faults)
+        _leave(error, folder)
         time.sleep(LAST_WORDS_S)
         if isinstance(error, errors.RidgelineError):
             raise SystemExit(error.exit_status) from None
         raise
+
+
+@contextmanager
+def _ended_within(seconds: float, stop: StopFile) -> Iterator[None]:
+    """Kill the workers, whose numbers lie beside `stop`, when they stop too slowly."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not stop.is_set():
+            if ended.wait(0.2):
+                return
+        if not ended.wait(seconds):
+            (stop.path.parent / LATE).touch()
+            for file in stop.path.parent.glob("*.pid"):
+                with suppress(ProcessLookupError):
+                    os.kill(int(file.read_text()), signal.SIGKILL)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _leave(error: Exception, faults: Path) -> None:
@@ -153,9 +218,14 @@ def _leave(error: Exception, faults: Path) -> None:
 
 
 def died_of(rank: int, process: int, error: BaseException) -> errors.LaunchError:
-    """What a rank says when something other than a RidgelineError ends it."""
+    """What a rank says when something other than a RidgelineError ends it.
+
+    PyTorch raises RuntimeError for what devices and connections do; other kinds but OSError are
+    mistakes of a program, which it makes again.
+    """
     words = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-    return errors.LaunchError(
+    outside = isinstance(error, RuntimeError | OSError)
+    return (errors.WorkerLost if outside else errors.LaunchError)(
         f"rank {rank} (process {process}) died", words, "its traceback stands above"
     )
 
@@ -172,30 +242,23 @@ def end_with_parent() -> None:
         os._exit(1)
 
 
-@contextmanager
-def stop_on_signals(stop: StopFlag) -> Iterator[None]:
-    """SIGINT and SIGTERM set `stop` instead of ending this process: a wish to end after a step."""
-
-    def handler(number: int, frame: FrameType | None) -> None:
-        stop.set()
-
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)
-
-
-def _first_error(failure: ChildFailedError, faults: Path) -> errors.RidgelineError:
+def _first_error(
+    failure: ChildFailedError, faults: Path, stop_within_s: float
+) -> errors.RidgelineError:
     """The error of the rank that failed first, as it was raised there.
 
     A rank that left no word died before those that complain of it.
     """
+    if (faults / LATE).exists():
+        return errors.LaunchError(
+            "workers that were asked to stop were ended",
+            f"they took longer than faults.stop_within_s = {stop_within_s:g} s",
+            "a larger one; the newest checkpoint is whole",
+        )
     rank, first = failure.get_first_failure()
     told = [json.loads(path.read_text()) for path in faults.glob("*.fault")]
     if rank not in {record["rank"] for record in told}:
-        return errors.LaunchError(
+        return errors.WorkerLost(
             f"rank {rank} (process {first.pid}) died",
             f"exit code {first.exitcode}",
             "what it said stands above",

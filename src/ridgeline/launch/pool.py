@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -148,6 +149,7 @@ def _serve(connection: Connection) -> None:
 
     from ridgeline.torch_compat import forget_meshes
 
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # by which a parent's exit ends it
     threading.Thread(target=end_with_parent, daemon=True).start()
     while True:
         try:

@@ -277,7 +277,7 @@ def trace(
         resting = _living(tracker, tracker.mark())
         begin = tracker.mark()
         left: list[Mark] = []
-        train_loop(job, Progress(), lambda _: left.append(tracker.mark()), lambda *_: None)
+        train_loop(job, Progress(), lambda _: left.append(tracker.mark()), lambda *_: (False, None))
         end = tracker.mark()
         # While a step runs, the loop still has the numbers of the step before.
         resting["temporary"] += _living(tracker, left[0], since=marks[0])["temporary"]

@@ -39,6 +39,13 @@ class Agreement:
         self.pending = (values, work)
         return agreed
 
+    def ask(self, stop: bool) -> bool:
+        """Whether any rank wishes to stop now; every rank waits for the slowest."""
+        value = torch.tensor(float(stop))
+        if self.group is not None:
+            dist.all_reduce(value, dist.ReduceOp.MAX, group=self.group)
+        return bool(value > 0)
+
     def settle(self) -> None:
         """Wait for the last reduction, so that the group can be closed."""
         if self.pending is not None and self.pending[1] is not None:

@@ -118,13 +118,18 @@ def locked(folder: Path) -> Iterator[None]:
     created = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     lock = folder / LOCK
-    me = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
+    told = (os.environ.get(name) for name in ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"))
+    job = next((each for each in told if each not in (None, "none")), None)
+    me = {"host": socket.gethostname(), "pid": os.getpid(), "job": job}
     try:
         with lock.open("x", encoding="utf-8") as file:
             json.dump(me, file)
     except FileExistsError:
         holder = _holder(lock)
-        if holder.get("host") != me["host"] or is_alive(holder.get("pid")):
+        # A job that goes on without the node of its first process holds the folder already.
+        elsewhere = holder.get("host") != me["host"] and (job is None or holder.get("job") != job)
+        here = holder.get("host") == me["host"] and is_alive(holder.get("pid"))
+        if elsewhere or here:
             raise RunFolderError(
                 f"run folder {folder} is held by process {holder.get('pid')} on "
                 f"{holder.get('host')}",

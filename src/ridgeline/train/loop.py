@@ -24,11 +24,14 @@ from ridgeline.train.manifest import Progress
 from ridgeline.train.optimizer import LossScale, clip, totals
 from ridgeline.train.parallelize import Mesh
 from ridgeline.train.pipeline import LossOf, Pipeline
+from ridgeline.train.samples import SampleLog
 from ridgeline.train.schedule import batch_at, learning_rate, run_fraction
 from ridgeline.train.telemetry import Clock, Observation
 from ridgeline.train.tied import sum_tied
 from ridgeline.train.vocabulary import IGNORED
 
+MICRO_BATCHES_BETWEEN_WISHES = 32
+"""After how many of an evaluation the ranks ask each other whether to stop."""
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 """(logits_BLV, targets_BL) -> sum over valid targets; IGNORED targets count nothing."""
 
@@ -51,6 +54,8 @@ class Job:
     stop_asked: Callable[[], bool]
     """Whether somebody asked this rank to stop."""
     bad_steps: BadSteps = field(default_factory=BadSteps)
+    samples: SampleLog | None = None
+    """Notes what this rank reads."""
 
     @property
     def chunks(self) -> list[nn.Module]:
@@ -71,12 +76,13 @@ def train_loop(
     job: Job,
     progress: Progress,
     observe: Callable[[Observation], None],
-    after_step: Callable[[Progress, bool, bool], Progress | None],
+    after_step: Callable[[Progress, bool, bool], tuple[bool, Progress | None]],
 ) -> tuple[Progress, bool]:
     """Train from `progress` to the end of the budget; the progress reached, and whether complete.
 
     `observe` gets every step's numbers, still on the device; `after_step(progress, complete, stop)`
-    evaluates and saves, and says where to go on when that is elsewhere.
+    evaluates and saves; it says whether to stop, for what it was told or heard meanwhile, and where
+    to go on when that is elsewhere.
     """
     run, optimizer, clock = job.run, job.optimizer, job.clock
     stop, fraction = False, run_fraction(run, progress.step, progress.elapsed_s)
@@ -119,10 +125,11 @@ def train_loop(
         stop, elapsed_s = job.agreement.report(job.stop_asked(), progress.elapsed_s)
         # The first report of a resumed run agrees on no time yet, but the budget never grows back.
         fraction = max(fraction, run_fraction(run, progress.step, elapsed_s))
-        if back := after_step(progress, fraction >= 1, stop):
+        stop, back = after_step(progress, fraction >= 1, stop)
+        if back:
             progress, fraction = back, run_fraction(run, back.step, back.elapsed_s)
     job.agreement.settle()
-    return progress, fraction >= 1
+    return progress, fraction >= 1 and not stop
 
 
 def fetch(job: Job, progress: Progress) -> tuple[list[Tensor], list[Tensor]]:
@@ -132,9 +139,11 @@ def fetch(job: Job, progress: Progress) -> tuple[list[Tensor], list[Tensor]]:
     holds does not depend on the layout.
     """
     size, ranks = job.layout.micro_batch, job.layout.data
-    start = progress.samples + job.mesh.place["data"] * size
-    offsets = range(0, batch_at(job.run, progress.step), size * ranks)
-    windows = [torch.as_tensor(job.mixture.batch(start + at, size)) for at in offsets]
+    first = progress.samples + job.mesh.place["data"] * size
+    starts = range(first, first + batch_at(job.run, progress.step), size * ranks)
+    windows = [torch.as_tensor(job.mixture.batch(start, size)) for start in starts]
+    if job.samples:
+        job.samples.note(progress.step, starts, size)
     return split(job, windows)
 
 
@@ -156,29 +165,36 @@ def split(job: Job, windows: Sequence[Tensor]) -> tuple[list[Tensor], list[Tenso
 
 
 @torch.no_grad()
-def held_out_losses(job: Job) -> dict[str, float]:
+def held_out_losses(job: Job) -> dict[str, float] | None:
     """Mean held-out loss per corpus in nats per token, over the same sequences in every layout.
 
-    Every rank does the same number of micro-batches; what is missing is filled with ignored
-    targets.
+    None when the ranks were asked to stop meanwhile. Every rank does the same number of
+    micro-batches; what is missing is filled with ignored targets.
     """
     losses = {}
     size, ranks = job.layout.micro_batch, job.layout.data
     for chunk in job.chunks:
         chunk.eval()
+    stop = False
     for corpus in job.mixture.corpora:
         windows = torch.as_tensor(job.mixture.held_out(corpus.name, job.run.evaluation.sequences))
         every = torch.arange(-(-len(windows) // (size * ranks)) * size * ranks)
         # (micro-batches, B) rows of this rank, the last of them perhaps beyond the windows
         mine = every.view(-1, ranks, size)[:, job.mesh.place["data"]]
-        inputs, targets = split(job, [windows[rows % len(windows)] for rows in mine])
-        for rows, targets_BL in zip(mine, targets, strict=True):
-            targets_BL[(rows >= len(windows)).to(targets_BL.device)] = IGNORED
-        loss = job.counted(job.pipeline.run(inputs, mean_loss(job.loss, targets, 1), False))
+        loss, valid = torch.zeros(2, device=job.mesh.device)
+        for at in range(0, len(mine), MICRO_BATCHES_BETWEEN_WISHES):
+            some = mine[at : at + MICRO_BATCHES_BETWEEN_WISHES]
+            stop = stop or job.agreement.ask(job.stop_asked())
+            if stop:
+                break
+            inputs, targets = split(job, [windows[rows % len(windows)] for rows in some])
+            for rows, targets_BL in zip(some, targets, strict=True):
+                targets_BL[(rows >= len(windows)).to(targets_BL.device)] = IGNORED
+            loss += job.counted(job.pipeline.run(inputs, mean_loss(job.loss, targets, 1), False))
+            valid += job.mesh.sum_over_replicas(valid_tokens(targets))
         dist.all_reduce(loss)
-        valid = job.mesh.sum_over_replicas(valid_tokens(targets))
         losses[corpus.name] = float(loss / valid)
     for chunk in job.chunks:
         drop_gathered(chunk)
         chunk.train()
-    return losses
+    return None if stop else losses

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ridgeline.layout.fewer import fewer_devices
 from ridgeline.layout.layout import Layout, Precision
 from ridgeline.run import Run
 from ridgeline.torch_compat import multiplies_bf16
@@ -99,6 +100,9 @@ def _choose_layout(run: Run, host: Host, world: int | None) -> tuple[Layout, str
         layout = Layout(data=replicas, micro_batch=micro_batch)
     else:
         layout = run.layout
+    if world is not None and world < layout.world and run.faults.fewer_devices:
+        said.append(f"{world} of the {layout.world} devices of '{layout}' are there")
+        layout = fewer_devices(layout, world, run.model, run.sequence, batch_unit(run))
     if layout.precision == "auto":
         precision: Precision = "bf16" if host.bf16 else "fp32"
         said.append(f"{precision}: {host.bf16 or 'bf16 is not native here'}")

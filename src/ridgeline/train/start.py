@@ -5,18 +5,25 @@ from __future__ import annotations
 import math
 import os
 import time
-from typing import Any
 
 from rich.console import Console
 
 from ridgeline.data.mixture import Mixture
 from ridgeline.errors import LayoutError, NotLearnt, RunError, RunFolderError
+from ridgeline.launch.idle import tell_idle, wait_idle
 from ridgeline.launch.local import (
+    Life,
     local_processes,
     run_workers,
     started_by_launcher,
     threads_per_process,
-    warm_up,
+)
+from ridgeline.launch.stopping import (
+    StopFlag,
+    Wish,
+    refuse_short_job,
+    refuse_to_start,
+    stop_asked,
 )
 from ridgeline.layout.arithmetic import check
 from ridgeline.layout.grid import RankGrid
@@ -61,6 +68,7 @@ def train(
     decoder: MakeDecoder = Decoder,
     loss: LossFunction = token_loss,
     optimizer: MakeOptimizer = adamw,
+    stop: StopFlag | None = None,
 ) -> Outcome:
     """Train `run`, resuming what its folder holds; starts local processes when it needs several.
 
@@ -68,21 +76,30 @@ def train(
     `optimizer(model, settings)` makes the optimizer; with several processes they must be
     importable from a module or a script with an `if __name__ == "__main__":` guard.
     Raises the errors of `ridgeline.errors`, before any process starts wherever that is possible,
-    and NotLearnt after everything is saved.
+    Stopped when `stop` was set before the first step, and NotLearnt after everything is saved.
     """
-    launched = started_by_launcher()
+    launched, stop, save_before_s = started_by_launcher(), stop or Wish(), run.faults.save_before_s
     began = process_start() if launched else time.time()
+    refuse_short_job(save_before_s)
     world = int(os.environ["WORLD_SIZE"]) if launched else None
     host = this_host()
     resolved, reasons = resolve(run, host, world)
     assert isinstance(resolved.layout, Layout)
-    mixture = refuse_impossible(resolved, host, world)
+    processes = resolved.layout.world
+    life = Life(stop, began, restarts_by_launcher(), layout_before(run, world))
+    mixture = refuse_impossible(resolved, host, processes if life.layout_before else world)
     # A model that can only be planned raises here, too.
     check_decoder(without_memory(decoder, resolved.model), resolved.layout)
-    arguments: tuple[Any, ...] = (resolved, decoder, loss, optimizer, began)
-    if launched and int(os.environ["RANK"]) != 0:
-        return work(*arguments)
-    processes = resolved.layout.world
+    arguments = (resolved, decoder, loss, optimizer)
+    rank = int(os.environ["RANK"]) if launched else 0
+    if launched:
+        os.environ["WORLD_SIZE"] = str(processes)
+    if rank >= processes:
+        return Outcome(rank, wait_idle(stop), step=0, tokens=0, held_out_loss=None)
+    if rank != 0:
+        return work(*arguments, life)
+    # Ranks of a launcher agree on it first: one that left would keep the others waiting.
+    refuse_to_start(not launched and stop_asked(stop, save_before_s, decides=True)())
     threads = threads_per_process(local_processes() if launched else processes)
     with locked(resolved.path):
         check_folder(resolved)
@@ -91,13 +108,26 @@ def train(
         write_folder(resolved, reasons, environment)
         _announce(resolved, reasons, local_processes() if launched else None)
         if launched or processes == 1:
-            outcome = work(*arguments)
+            outcome = work(*arguments, life)
         else:
-            warm_up()
-            outcome = run_workers(work, arguments, processes)
+            outcome = run_workers(work, arguments, processes, stop, run.faults)
+    if world and world > processes:
+        tell_idle(outcome.complete)
     if outcome.complete:
         judge(resolved, outcome)
     return outcome
+
+
+def restarts_by_launcher() -> tuple[str, ...]:
+    """One word for each restart by the elastic agent that started this rank, if one did."""
+    count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    return ("a worker was lost, or the number of nodes changed",) * count
+
+
+def layout_before(run: Run, world: int | None) -> str:
+    """The layout that a run asks for, where its launcher has fewer devices and it goes on."""
+    fewer = isinstance(run.layout, Layout) and world is not None and world < run.layout.world
+    return str(run.layout) if fewer and run.faults.fewer_devices else ""
 
 
 def refuse_foreign_checkpoint(run: Run, mixture: Mixture) -> None:

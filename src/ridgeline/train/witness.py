@@ -75,7 +75,7 @@ def witness(
     with process_group() as (device, control):
         job = make_job(run, decoder, loss, make_optimizer, device, control, lambda: False)
         hook = job.optimizer.register_step_pre_hook(before_update)
-        train_loop(job, Progress(), observe, lambda progress, complete, stop: None)
+        train_loop(job, Progress(), observe, lambda *_: (False, None))
     return Seen(losses, norms, gradients)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,16 +12,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from ridgeline.data.manifest import Baselines
 from ridgeline.data.mixture import Mixture
 from ridgeline.errors import CheckpointError
-from ridgeline.launch.local import (
-    StopFlag,
-    local_processes,
-    stop_on_signals,
-    threads_per_process,
-)
+from ridgeline.launch.local import Life, local_processes, threads_per_process
+from ridgeline.launch.rounds import own_round
+from ridgeline.launch.stopping import Wish, refuse_to_start, stop_asked
 from ridgeline.layout.layout import Layout
 from ridgeline.machine.device import device as device_named
 from ridgeline.machine.device import recognise
@@ -31,6 +28,7 @@ from ridgeline.run import Run
 from ridgeline.torch_compat import HashStore, compiled_graphs, name_of
 from ridgeline.train import checkpoint
 from ridgeline.train.account import Account, held
+from ridgeline.train.agreement import Agreement
 from ridgeline.train.badsteps import BadStep
 from ridgeline.train.build import (
     MakeDecoder,
@@ -44,6 +42,7 @@ from ridgeline.train.folder import checkpoints_of
 from ridgeline.train.interval import Beside, Interval
 from ridgeline.train.loop import Job, LossFunction, held_out_losses, train_loop
 from ridgeline.train.manifest import Progress, complete, remove_partial
+from ridgeline.train.samples import SampleLog
 from ridgeline.train.saving import Saved, Saver, drain_left
 from ridgeline.train.schedule import batch_at, total_steps
 from ridgeline.train.telemetry import Observation, Recorder, drop_after
@@ -68,26 +67,26 @@ def work(
     decoder: MakeDecoder,
     loss: LossFunction,
     make_optimizer: MakeOptimizer,
-    began: float | None = None,
-    stop: StopFlag | None = None,
+    life: Life | None = None,
 ) -> Outcome:
-    """Train `run`, resolved, as the rank that the environment says this process is.
-
-    `began`: Unix time since which the command, or this process, runs; left out: now.
-    """
+    """Train `run`, resolved, as the rank that the environment says this process is."""
     assert isinstance(run.layout, Layout)
-    before, began = held(), time.time() if began is None else began
-    stop = stop or threading.Event()
+    before, life = held(), life or Life(Wish(), time.time())
     # The fork server loaded torch with threads for all cores; each worker takes its share.
     torch.set_num_threads(threads_per_process(local_processes()))
-    with process_group() as (device, control), stop_on_signals(stop):
+    with process_group() as (device, control):
+        asked = stop_asked(life.stop, run.faults.save_before_s, decides=dist.get_rank() == 0)
+        refuse_to_start(Agreement(control).ask(asked()))
         if run.faults.self_test:
             self_test(device, run.layout, control)
-        job = make_job(run, decoder, loss, make_optimizer, device, control, stop.is_set)
+        job = make_job(run, decoder, loss, make_optimizer, device, control, asked)
         progress, told = _resume(job, control)
-        recorder = None
-        if job.mesh.rank == 0:
-            recorder = _recorder(job, without_memory(decoder, run.model), progress, began)
+        refuse_to_start(job.agreement.ask(asked()))
+        recorder, rank = None, job.mesh.rank
+        if run.logging.samples:
+            job.samples = SampleLog(run.path / "samples", rank, job.layout.world, progress.step)
+        if rank == 0:
+            recorder = _recorder(job, without_memory(decoder, run.model), progress, life)
             recorder.tell(progress, told)
         account = Account(job, control, peak_flops(run, device), progress, before)
         keeper = Keeper(job, control, recorder, account, progress)
@@ -118,7 +117,9 @@ def process_group() -> Iterator[tuple[torch.device, dist.ProcessGroup | None]]:
     backend = dist.get_default_backend_for_device(device)
     backends = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:{backend}"
     if "RANK" in os.environ:
-        dist.init_process_group(backends)
+        store, rank, world = next(rendezvous("env://"))
+        store = own_round(store, rank, world)
+        dist.init_process_group(backends, store=store, rank=rank, world_size=world)
     else:
         dist.init_process_group(backends, store=HashStore(), rank=0, world_size=1)
     alone = dist.get_world_size() == 1
@@ -176,7 +177,7 @@ def peak_flops(run: Run, device: torch.device) -> float | None:
     return known.peak_flops.get(run.layout.precision) if known else None
 
 
-def _recorder(job: Job, whole: nn.Module, progress: Progress, began: float) -> Recorder:
+def _recorder(job: Job, whole: nn.Module, progress: Progress, life: Life) -> Recorder:
     """Rank 0's recorder, after saying what is trained, what was lost and what was restored."""
     run, device = job.run, job.mesh.device
     lost = drop_after(run.path / "metrics.jsonl", progress.step)
@@ -193,10 +194,16 @@ def _recorder(job: Job, whole: nn.Module, progress: Progress, began: float) -> R
     embedding = sum(p.numel() for p in {p for part in ends for p in part.parameters()})
     if lost:
         recorder.event(progress, "lost", lost_steps=lost.steps, lost_s=lost.seconds)
+    if life.lost:
+        recorder.event(progress, "restarted", why=life.lost[-1], restarts=len(life.lost))
+    if life.layout_before:
+        words = {"layout": str(run.layout), "asked": life.layout_before}
+        recorder.event(progress, "fewer devices", **words)
+        recorder.say(f"fewer devices: '{run.layout}' instead of '{life.layout_before}'")
     recorder.event(
         progress,
         "resumed" if progress.step else "started",
-        start_s=time.time() - began,
+        start_s=time.time() - life.began,
         total_steps=total_steps(run),
         model=run.model.name,
         parameters=parameters,
@@ -253,7 +260,7 @@ class Keeper:
             progress, complete = train_loop(self.job, progress, self.observe, self.after_step)
             self.told(self.saver.finish(), last=True)
             if complete and progress.step == before:
-                self.evaluate(progress)  # nothing was left to train: measure what is there
+                complete = self.evaluate(progress)  # nothing was left to train: measure what is
             if self.recorder:
                 self.recorder.event(progress, "finished" if complete else "interrupted")
         finally:
@@ -286,35 +293,39 @@ class Keeper:
                 self.recorder.event(seen.progress, "compiled", graphs=graphs, graph_breaks=breaks)
                 self.recorder.say(f"compiled: {graphs} graphs, {breaks} graph breaks")
 
-    def after_step(self, progress: Progress, complete: bool, stop: bool) -> Progress | None:
-        """Evaluate and save when due; one who asked to stop waits for the checkpoint only.
+    def after_step(
+        self, progress: Progress, complete: bool, stop: bool
+    ) -> tuple[bool, Progress | None]:
+        """Evaluate and save when due: whether to stop, for `stop` or for what was heard meanwhile.
 
-        Returns where to go on when that is at a checkpoint from before a bad step.
+        One who asked to stop waits for the checkpoint only; the evaluation is left to the resumed
+        run. Also where to go on when that is at a checkpoint from before a bad step.
         """
-        run = self.job.run
-        evaluation = run.evaluation.every_steps
-        evaluated = complete or (evaluation and progress.step % evaluation == 0 and not stop)
-        due = self.interval.due(progress.step, self.job.agreement.elapsed_s)
-        saved = complete or stop or due
+        run, steps = self.job.run, self.job.bad_steps
         if self.bad and (back := self.answer(self.bad, progress)):
-            return back
+            return stop, back
+        evaluation, comparing = run.evaluation.every_steps, run.faults.compare_every_steps
+        due = complete or (evaluation > 0 and progress.step % evaluation == 0)
+        saving = self.interval.due(progress.step, self.job.agreement.elapsed_s)
         # A checkpoint must be good: what the run goes back to, or starts again from.
-        last = self.job.bad_steps.settle() if evaluated or saved else None
+        last = steps.settle() if due or saving or stop else None
         if last and (back := self.answer(last, progress)):
-            return back
-        comparing = run.faults.compare_every_steps
-        if comparing and (saved or progress.step % comparing == 0):
+            return stop, back
+        if comparing and (complete or stop or saving or progress.step % comparing == 0):
             self.compare(progress)
-        if evaluated:
-            self.evaluate(progress)
+        evaluated = due and not stop and self.evaluate(progress)
+        stop = stop or (due and not evaluated)
+        saved = complete or stop or saving
         if saved:
             self.save(progress)
+        if saved and not complete and not stop:  # not a step later, with another checkpoint
+            stop = self.job.agreement.ask(self.job.stop_asked())
         with self.job.clock.phase("logging"):
             if evaluated or saved or self.account.just_sampled:
                 self.account.write(progress)
             if not (complete or stop):
                 self.account.prepare()
-        return None
+        return stop, None
 
     def answer(self, bad: BadStep, progress: Progress) -> Progress | None:
         """Write a bad step down and do what the run says; where to go on if that is further back.
@@ -350,11 +361,13 @@ class Keeper:
                 seconds = time.perf_counter() - start
                 self.recorder.event(progress, "compared", tensors=count, seconds=seconds)
 
-    def evaluate(self, progress: Progress) -> None:
-        """Held-out loss of the mixture: the mean of its corpora by weight."""
+    def evaluate(self, progress: Progress) -> bool:
+        """Held-out loss of the mixture: the mean of its corpora by weight. False: stopped."""
         start = time.perf_counter()
         with self.job.clock.between("evaluation"):
             losses = held_out_losses(self.job)
+        if losses is None:
+            return False
         weights = {corpus.name: corpus.weight for corpus in self.job.mixture.corpora}
         mean = sum(losses[name] * weight for name, weight in weights.items())
         self.held_out = mean / sum(weights.values())
@@ -362,6 +375,7 @@ class Keeper:
             seconds = time.perf_counter() - start
             with self.job.clock.phase("logging"):
                 self.recorder.held_out(progress, self.held_out, losses, seconds)
+        return True
 
     def save(self, progress: Progress) -> None:
         """Begin a checkpoint of all ranks; training waits for the copy of its state."""
