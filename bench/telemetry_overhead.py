@@ -110,7 +110,7 @@ def measure(size: str, rounds: int) -> tuple[float, list[float], dict[str, float
                 if not clock.off:
                     account.observe(seen.progress)
 
-            def after_step(progress: Progress, complete: bool, stop: bool) -> bool:
+            def after_step(progress: Progress, complete: bool, stop: bool) -> tuple[bool, None]:
                 nonlocal last
                 step = progress.step
                 if not clock.off and (step + 1) % EVERY:
@@ -124,7 +124,7 @@ def measure(size: str, rounds: int) -> tuple[float, list[float], dict[str, float
                     done = len(blocks[True]) + len(blocks[False])
                     clock.off = done % 4 in (1, 2)  # on, off, off, on: a drift falls on both
                 last = time.thread_time()
-                return False
+                return False, None
 
             train_loop(job, Progress(), observe, after_step)
     with_, without = blocks[True], blocks[False]
