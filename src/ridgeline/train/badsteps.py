@@ -76,27 +76,13 @@ class BadStep(NamedTuple):
 
     def error(self, faults: Faults) -> NotLearnt:
         """Why the run stops here."""
-        rule = f"faults.bad_step = {faults.bad_step!r}"
-        if self.in_a_row >= faults.most_bad_steps:
-            rule = f"{self.in_a_row} bad steps in a row, faults.most_bad_steps = "
-            rule += str(faults.most_bad_steps)
         return NotLearnt(
             str(self),
-            rule,
+            f"{self.in_a_row} bad steps in a row; faults.bad_step = {faults.bad_step!r}, "
+            f"faults.most_bad_steps = {faults.most_bad_steps}",
             "a look at these samples; a lower optimizer.lr; or, from the newest checkpoint, "
             "--faults.bad_step skip",
         )
-
-
-class _Pending(NamedTuple):
-    """A step's numbers on their way to the host."""
-
-    progress: Progress
-    batch: int
-    limits: Limits
-    values: Tensor
-    """Loss, gradient norm and flag."""
-    arrived: torch.Event | None
 
 
 class BadSteps:
@@ -111,11 +97,12 @@ class BadSteps:
         self.faults = faults or Faults()
         self.loss_scaled = loss_scaled
         self.history: Tensor | None = None
-        """Where spikes count: loss and norm of the last steps, NaN of bad ones; saved."""
+        """Loss and norm of the last steps, NaN of bad ones; for a checkpoint, if spikes count."""
         if self.faults.spike:
             self.history = torch.full((2, WINDOW + 1), math.nan, dtype=torch.float64)
         self.limits = NO_LIMITS
-        self.pending: _Pending | None = None
+        self.pending: tuple[Progress, int, Limits, Tensor, torch.Event | None] | None = None
+        """The last step, and its loss, gradient norm and flag on their way to the host."""
         self.in_a_row = self.furthest = 0
 
     def flag(self, loss: Tensor, norm: Tensor) -> Tensor:
@@ -153,7 +140,7 @@ class BadSteps:
             values = values.to("cpu", non_blocking=True)
             arrived = torch.Event(seen.loss.device)
             arrived.record()
-        self.pending = _Pending(seen.progress, batch, limits, values, arrived)
+        self.pending = seen.progress, batch, limits, values, arrived
         return before
 
     def settle(self) -> BadStep | None:
