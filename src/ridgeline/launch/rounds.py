@@ -37,8 +37,8 @@ def own_round(store: Store, rank: int, world: int) -> Store:
     heard = [f"{mine}/{other}" for other in range(1, world)]
     while heard:
         store.wait(joined)
-        for name in store.multi_get(joined):
-            store.set(f"answer/{name.decode()}", mine)
+        for other in store.multi_get(joined):
+            store.set(f"answer/{other.decode()}", mine)
         try:
             store.wait(heard, timedelta(seconds=LOOK_S))
         except dist.DistStoreError:  # somebody has started since
