@@ -14,10 +14,12 @@
     ├── RunFolderError      a run folder that belongs to another run, or that another job holds
     ├── CheckpointError     a checkpoint that is damaged, foreign or missing
     ├── LaunchError         worker processes that could not be started or that died
+    ├── HangError           a step, or a phase beside the steps, that took longer than its limit
     └── NotLearnt           the run ended without having learnt what its file demands
 
 Each says three things: what was asked, the rule that forbids it (with the arithmetic), and what
-would work. The command prints them without a traceback and exits with status 2 (NotLearnt: 1).
+would work. The command prints them without a traceback and exits with status 2 (NotLearnt: 1;
+HangError: 75, as a run that was asked to stop: start it again).
 """
 
 from __future__ import annotations
@@ -97,6 +99,12 @@ class CheckpointError(RidgelineError):
 
 class LaunchError(RidgelineError):
     """Worker processes could not be started, or died."""
+
+
+class HangError(RidgelineError):
+    """A step, or a phase beside the steps, took longer than its limit; who is late is named."""
+
+    exit_status: ClassVar[int] = 75
 
 
 class NotLearnt(RidgelineError):  # noqa: N818 - it is a verdict, not a fault
