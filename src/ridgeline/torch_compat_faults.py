@@ -7,7 +7,12 @@ from typing import Any
 
 import torch._C._distributed_c10d as c10d
 import torch.distributed as dist
+
+# Re-exported by torch.distributed only conditionally. Tested on 2.11.0 and 2.13.0.
+from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed import distributed_c10d
+
+__all__ = ["PrefixStore", "Store", "calls_started", "flight_record", "ranks_of"]
 
 RECORDERS = ("_dump_fr_trace_json", "_dump_nccl_trace_json")
 """PyTorch's flight recorder, one for NCCL and one for the others; each where it was built."""

@@ -150,7 +150,7 @@ def leave_word(error: Exception) -> None:
 
 def record_of(error: Exception) -> dict[str, Any]:
     """What this rank dies of, and when, by the machine's monotonic clock."""
-    rank = int(os.environ["RANK"])
+    rank = int(os.environ.get("RANK", "0"))
     record: dict[str, Any] = {"at_ns": time.monotonic_ns(), "rank": rank, "trace": ""}
     if not isinstance(error, errors.RidgelineError):
         record["trace"] = "".join(traceback.format_exception(error))

@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ridgeline.errors import LaunchError, RidgelineError, RunFolderError
+from ridgeline.errors import HangError, LaunchError, RidgelineError, RunFolderError
 from ridgeline.processes import is_alive
 from ridgeline.run import Run, read_run
 
@@ -127,9 +127,9 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         yield
     except (RidgelineError, KeyboardInterrupt) as error:
-        # A run that was refused leaves nothing; one whose worker died keeps what it had said.
+        # A run that was refused leaves nothing; one whose worker died or hung keeps what it had said.
         saved = any(checkpoints_of(folder).glob("step-*"))
-        if created and not saved and not isinstance(error, LaunchError):
+        if created and not saved and not isinstance(error, LaunchError | HangError):
             shutil.rmtree(folder)
         raise
     finally:

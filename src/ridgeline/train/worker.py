@@ -40,6 +40,7 @@ from ridgeline.train.folder import checkpoints_of
 from ridgeline.train.loop import Job, LossFunction, held_out_losses, train_loop
 from ridgeline.train.schedule import total_steps
 from ridgeline.train.telemetry import Observation, Recorder, drop_after
+from ridgeline.train.watchdog import watched
 
 
 @dataclass(frozen=True)
@@ -72,14 +73,17 @@ def work(
     stop = stop or threading.Event()
     # The fork server loaded torch with threads for all cores; each worker takes its share.
     torch.set_num_threads(threads_per_process(local_processes()))
-    with process_group() as (device, control), stop_on_signals(stop):
+    with watched(run) as watchdog, process_group() as (device, control), stop_on_signals(stop):
+        watchdog.where = lambda: (0, "building the model")
         job = make_job(run, decoder, loss, make_optimizer, device, control, stop.is_set)
+        watchdog.where = lambda: (0, "loading the checkpoint")
         progress = _resume(job, control)
         recorder = None
         if job.mesh.rank == 0:
             recorder = _recorder(job, without_memory(decoder, run.model), progress, began)
         account = Account(job, control, peak_flops(run, device), progress, before)
         keeper = Keeper(job, control, recorder, account)
+        watchdog.where = lambda: (account.seen.step, job.clock.inside)
         return keeper.run(progress)
 
 
