@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -15,20 +16,19 @@ from ridgeline.errors import RidgelineError
 from ridgeline.train.vocabulary import token_loss
 
 run, kind, who = sys.argv[1:]
-calls = 0
+calls = count(1)
 
 
 def loss(logits_BLV: Tensor, targets_BL: Tensor) -> Tensor:
     """The usual, but on rank `who`."""
-    global calls
     if os.environ.get("RANK", "0") == who and torch.is_grad_enabled():
-        calls += 1
-        if calls == 9 and kind in ("endless", "stopped"):
+        call = next(calls)
+        if call == 9 and kind in ("endless", "stopped"):
             print("from now on late", flush=True)
-        if calls == 9 and kind == "stopped":
+        if call == 9 and kind == "stopped":
             time.sleep(2.0)  # two heartbeats tell that it is here
             os.kill(os.getpid(), signal.SIGSTOP)
-        while kind == "endless" and calls == 9:
+        while kind == "endless" and call == 9:
             pass  # here it stays
         if kind == "slow":
             end = time.thread_time() + 0.03

@@ -127,7 +127,7 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         yield
     except (RidgelineError, KeyboardInterrupt) as error:
-        # A run that was refused leaves nothing; one whose worker died or hung keeps what it had said.
+        # A run that was refused leaves nothing; one that died or hung keeps what it had said.
         saved = any(checkpoints_of(folder).glob("step-*"))
         if created and not saved and not isinstance(error, LaunchError | HangError):
             shutil.rmtree(folder)

@@ -112,10 +112,7 @@ class Watchdog:
                 time.sleep(LAST_WORDS_S + BEAT_S)
         if self.word is None or self.word["rank"] == self.rank:
             return None
-        first = error_of(self.word)
-        return type(first)(
-            f"rank {self.word['rank']} failed first: {first.asked}", first.rule, first.remedy
-        )
+        return _anothers(self.word)
 
     # The thread that looks at the clock
 
@@ -193,6 +190,8 @@ class Watchdog:
             if self.ended:
                 return
             time.sleep(0.1)
+        if word["kind"] != HangError.__name__:
+            _say(_anothers(word))
         self._end(error_of(word), word.get("silent", ()))
 
     def _settle(self, store: Store) -> None:
@@ -215,9 +214,7 @@ class Watchdog:
             }
             error = self._judge(told)
             write_atomically(self.stacks / "verdict.txt", f"{error}\n")
-            if multiprocessing.parent_process() is None:
-                sys.stderr.write(f"error: {error}\n")
-                sys.stderr.flush()
+            _say(error)
             silent = [rank for rank in range(self.world) if rank not in told]
             store.compare_set("word", "", json.dumps(record_of(error) | {"silent": silent}))
             if self.holds_store:
@@ -307,6 +304,19 @@ class Watchdog:
                 with suppress(ProcessLookupError):
                     os.kill(beat.process, signal.SIGKILL)
         os._exit(error.exit_status)
+
+
+def _anothers(word: dict[str, Any]) -> RidgelineError:
+    """An error of another rank, as this one tells it."""
+    error = error_of(word)
+    return type(error)(f"rank {word['rank']} failed first: {error.asked}", error.rule, error.remedy)
+
+
+def _say(error: RidgelineError) -> None:
+    """As the command says it, where no parent will."""
+    if multiprocessing.parent_process() is None:
+        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.flush()
 
 
 def _place(frame: FrameType) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -39,6 +39,7 @@ from ridgeline.train.checkpoint import Progress
 from ridgeline.train.folder import checkpoints_of
 from ridgeline.train.loop import Job, LossFunction, held_out_losses, train_loop
 from ridgeline.train.schedule import total_steps
+from ridgeline.train.stragglers import Stragglers
 from ridgeline.train.telemetry import Observation, Recorder, drop_after
 from ridgeline.train.watchdog import watched
 
@@ -82,7 +83,7 @@ def work(
         if job.mesh.rank == 0:
             recorder = _recorder(job, without_memory(decoder, run.model), progress, began)
         account = Account(job, control, peak_flops(run, device), progress, before)
-        keeper = Keeper(job, control, recorder, account)
+        keeper = Keeper(job, control, recorder, account, watchdog.host_of)
         watchdog.where = lambda: (account.seen.step, job.clock.inside)
         return keeper.run(progress)
 
@@ -195,8 +196,13 @@ class Keeper:
         group: dist.ProcessGroup | None,
         recorder: Recorder | None,
         account: Account,
+        host_of: Callable[[int], str],
     ) -> None:
+        """`host_of`: the host of a rank; rank 0 is asked."""
         self.job = job
+        self.host_of = host_of
+        timed_s = None if job.mesh.device.type == "cpu" else account.worked_s
+        self.stragglers = Stragglers(job.layout, group, timed_s)
         self.account = account
         self.group = group
         self.recorder = recorder
@@ -208,6 +214,7 @@ class Keeper:
         if self.recorder:
             self.recorder.start(progress)
         self.job.clock.lap()
+        self.stragglers.step_begins()
         try:
             before = progress.step
             progress, complete = train_loop(self.job, progress, self.observe, self.after_step)
@@ -215,6 +222,7 @@ class Keeper:
                 self.evaluate(progress)  # nothing was left to train: measure what is there
             if self.recorder:
                 self.recorder.event(progress, "finished" if complete else "interrupted")
+            self.stragglers.settle()
         finally:
             self.account.close()
             if self.recorder:
@@ -223,17 +231,25 @@ class Keeper:
 
     def observe(self, seen: Observation) -> None:
         """Log the step when it is due; the only place where a step waits for its own numbers."""
+        self.stragglers.step_ends()
         self.account.observe(seen.progress)
         step = seen.progress.step
         last = step == total_steps(self.job.run)
         if step % self.job.run.logging.every_steps and step != 1 and not last:
             return
         loss = float(seen.loss)
-        seconds = self.account.take_logged()
+        seconds, busy_s = self.account.take_logged(), self.stragglers.exchange()
         if not self.recorder:
             return
         with self.job.clock.phase("logging"):
-            self.recorder.step(seen, loss, seconds)
+            self.recorder.step(seen, loss, seconds, busy_s)
+            for slow in self.stragglers.named_now(busy_s) if busy_s else ():
+                host = self.host_of(slow.rank)
+                self.recorder.event(seen.progress, "straggler", host=host, **slow._asdict())
+                self.recorder.say(
+                    f"rank {slow.rank} on {host} is slow: {slow.busy_s:.3g} s of work per "
+                    f"step, the median of its peers is {slow.median_s:.3g} s"
+                )
             if self.job.layout.compile and not self.told_graphs:
                 self.told_graphs = True
                 graphs, breaks = compiled_graphs()
@@ -255,6 +271,7 @@ class Keeper:
                 self.account.write(progress)
             if not (complete or stop):
                 self.account.prepare()
+        self.stragglers.step_begins()
 
     def evaluate(self, progress: Progress) -> None:
         """Held-out loss of the mixture: the mean of its corpora by weight."""
