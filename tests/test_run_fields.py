@@ -44,6 +44,7 @@ from ridgeline.train.schedule import (
 )
 from ridgeline.train.start import judge
 from ridgeline.train.telemetry import Clock
+from ridgeline.train.watchdog import Watchdog
 from ridgeline.train.worker import Outcome
 
 MakeRun = Callable[..., Run]
@@ -172,6 +173,11 @@ def judged(run: Run) -> bool:
     except NotLearnt:
         return False
     return True
+
+
+def hangs_after(run: Run) -> float:
+    """Seconds after which the watchdog calls a step a hang."""
+    return Watchdog(run).limit_s
 
 
 def made(run: Run) -> object:
@@ -319,6 +325,7 @@ CASES = [
     Case("evaluation.must_learn_nats", 99.0, judged, {"evaluation": {"must_learn_nats": 0.0}}),
     Case("checkpoint.every_steps", 1, trained),
     Case("checkpoint.keep", 1, trained, {"checkpoint": {"every_steps": 1}}),
+    Case("faults.step_limit_s", 0.0, hangs_after),
     Case("logging.every_steps", 3, trained),
     Case("logging.tensorboard", True, trained),
 ]

@@ -57,7 +57,7 @@ class Pending:
 
 
 @dataclass(frozen=True)
-class Testimony:
+class Answer:
     """What a living rank tells when somebody is late."""
 
     pending: tuple[Pending, ...]
@@ -69,16 +69,14 @@ class Testimony:
         return json.dumps(asdict(self))
 
     @classmethod
-    def read(cls, text: str | bytes) -> Testimony:
+    def read(cls, text: str | bytes) -> Answer:
         """From `to_json`."""
         told: dict[str, Any] = json.loads(text)
         pending = (Pending(**{**each, "ranks": tuple(each["ranks"])}) for each in told["pending"])
         return cls(tuple(pending), told["reached"])
 
 
-def late_ranks(
-    told: Mapping[int, Testimony], beats: Mapping[int, Heartbeat], world: int
-) -> list[int]:
+def late_ranks(told: Mapping[int, Answer], beats: Mapping[int, Heartbeat], world: int) -> list[int]:
     """Ranks that keep the others waiting.
 
     Those that told nothing, which do not run any more. Else those that somebody waits for and that
@@ -88,8 +86,8 @@ def late_ranks(
     if silent := [rank for rank in range(world) if rank not in told]:
         return silent
     awaited: dict[int, set[int]] = {rank: set() for rank in told}
-    for rank, testimony in told.items():
-        for call in testimony.pending:
+    for rank, answer in told.items():
+        for call in answer.pending:
             awaited[rank] |= {
                 other
                 for other in call.ranks
@@ -103,7 +101,7 @@ def late_ranks(
 
 
 def verdict(
-    told: Mapping[int, Testimony],
+    told: Mapping[int, Answer],
     beats: Mapping[int, Heartbeat],
     ages_s: Mapping[int, float],
     world: int,
@@ -138,11 +136,11 @@ def verdict(
     )
 
 
-def _waited_in(told: Mapping[int, Testimony], late: Sequence[int]) -> list[str]:
+def _waited_in(told: Mapping[int, Answer], late: Sequence[int]) -> list[str]:
     """The calls that ranks which are not late wait in, and which ranks."""
     ranks: dict[str, list[int]] = {}
-    for rank, testimony in sorted(told.items()):
-        for call in testimony.pending if rank not in late else ():
+    for rank, answer in sorted(told.items()):
+        for call in answer.pending if rank not in late else ():
             ranks.setdefault(call.what, []).append(rank)
     return [
         f"{'rank' if len(who) == 1 else 'ranks'} {' '.join(map(str, who[:MOST_NAMED]))}"

@@ -38,7 +38,7 @@ from ridgeline.torch_compat_faults import (
     ranks_of,
 )
 from ridgeline.train.folder import write_atomically
-from ridgeline.train.late import Heartbeat, Pending, Testimony, verdict
+from ridgeline.train.late import Answer, Heartbeat, Pending, verdict
 from ridgeline.train.measured import BETWEEN
 
 BEAT_S = 1.0
@@ -131,7 +131,7 @@ class Watchdog:
                 self.wake.set()
             if self.overdue and now - self.answered_s > 2 * SILENT_S and not self.told:
                 self._dump()  # rank 0, on whose node the store is, does not answer
-                self._end(self._judge({r: Testimony((), {}) for r in range(1, self.world)}))
+                self._end(self._judge({r: Answer((), {}) for r in range(1, self.world)}))
 
     def _state(self) -> tuple[int, str]:
         """What the limit is of: one step, or one phase beside the steps."""
@@ -199,7 +199,7 @@ class Watchdog:
         if not self.told:
             self.told = True
             self._dump()
-            store.set(f"told/{self.rank}", self._testimony().to_json())
+            store.set(f"told/{self.rank}", self._answer().to_json())
         chosen = self._ages().get(0, math.inf) > SILENT_S and store.add("judges", 1) == 1
         if self.rank == 0 or chosen or self.waited:
             self._look(store, range(self.world))
@@ -208,7 +208,7 @@ class Watchdog:
             while not store.check([f"told/{rank}" for rank in alive]) and time.monotonic() < end:
                 time.sleep(0.1)
             told = {
-                rank: Testimony.read(store.get(f"told/{rank}"))
+                rank: Answer.read(store.get(f"told/{rank}"))
                 for rank in range(self.world)
                 if store.check([f"told/{rank}"])
             }
@@ -251,7 +251,7 @@ class Watchdog:
             frame = frame.f_back
         return inner, inner
 
-    def _testimony(self) -> Testimony:
+    def _answer(self) -> Answer:
         """The calls this rank is in, by PyTorch's flight recorder.
 
         It does not know of sends and receives on gloo: a rank that stands in a wait, and in no call
@@ -273,7 +273,7 @@ class Watchdog:
         if not pending and ".wait(" in text:
             what = f"a send or receive at {_place(line)}"
             pending.append(Pending("", 1, what, tuple(range(self.world))))
-        return Testimony(tuple(pending), reached)
+        return Answer(tuple(pending), reached)
 
     def _ages(self) -> dict[int, float]:
         """Seconds since each heartbeat that is known; on this host, by the clock they share."""
@@ -283,7 +283,7 @@ class Watchdog:
             ages[rank] = now - (beat.monotonic_s if beat.host == here else at)
         return ages
 
-    def _judge(self, told: dict[int, Testimony]) -> HangError:
+    def _judge(self, told: dict[int, Answer]) -> HangError:
         beats = {rank: Heartbeat.read(text) for rank, (text, _) in self.seen.items()}
         return verdict(told, beats, self._ages(), self.world, self.limit_s, self.stacks)
 
