@@ -130,8 +130,11 @@ class Watchdog:
                 self.overdue = True
                 self.wake.set()
             if self.overdue and now - self.answered_s > 2 * SILENT_S and not self.told:
-                self._dump()  # rank 0, on whose node the store is, does not answer
-                self._end(self._judge({r: Answer((), {}) for r in range(1, self.world)}))
+                self.told = True
+                self._dump()
+                error = self._judge({rank: Answer((), {}) for rank in range(1, self.world)})
+                _say(error)  # rank 0, on whose node the store is, does not answer
+                self._end(error, silent=(0,))
 
     def _state(self) -> tuple[int, str]:
         """What the limit is of: one step, or one phase beside the steps."""
