@@ -102,6 +102,7 @@ ALLOWED: dict[str, set[str]] = {
     "human": set(),
     "processes": set(),
     "torch_compat": set(),
+    "torch_compat_faults": set(),
     "model": FOUNDATION | {"torch_compat"},
     "machine": FOUNDATION,
     "layout": FOUNDATION | {"model"},
@@ -111,7 +112,8 @@ ALLOWED: dict[str, set[str]] = {
     "data": FOUNDATION | {"run", "layout", "machine", "model"},
     "launch": FOUNDATION | {"data", "run", "layout", "machine", "model", "torch_compat"},
     "train": FOUNDATION
-    | {"data", "run", "layout", "ledger", "machine", "model", "plan", "launch", "torch_compat"},
+    | {"data", "run", "layout", "ledger", "machine", "model", "plan", "launch", "torch_compat"}
+    | {"torch_compat_faults"},
     "rehearse": FOUNDATION
     | {"data", "ledger", "run", "plan", "layout", "machine", "model", "train", "torch_compat"},
     "audit": FOUNDATION | {"plan", "ledger", "data", "run", "layout", "machine", "model"},

@@ -58,6 +58,7 @@ from ridgeline.train.schedule import (
 from ridgeline.train.start import judge
 from ridgeline.train.telemetry import Clock
 from ridgeline.train.vocabulary import token_loss
+from ridgeline.train.watchdog import Watchdog
 from ridgeline.train.worker import Outcome, local_folder
 
 MakeRun = Callable[..., Run]
@@ -237,6 +238,11 @@ def judged(run: Run) -> bool:
     except NotLearnt:
         return False
     return True
+
+
+def hangs_after(run: Run) -> float:
+    """Seconds after which the watchdog calls a step a hang."""
+    return Watchdog(run).limit_s
 
 
 def made(run: Run) -> object:
@@ -445,6 +451,7 @@ CASES = [
     Case("faults.fewer_devices", False, launched, {"layout": {"data": 4}}),
     Case("faults.stop_within_s", 0.5, slow),
     Case("faults.save_before_s", 60.0, limited),
+    Case("faults.step_limit_s", 0.0, hangs_after),
     Case("logging.every_steps", 3, trained),
     Case("logging.samples", True, trained),
     Case("logging.tensorboard", True, trained),

@@ -17,12 +17,13 @@
     ├── LaunchError         worker processes that could not be started or that died
     │   └── WorkerLost      a worker that was killed, or whose device or connection failed
     ├── CorruptionError     a device that computes wrongly, or copies of one number that differ
+    ├── HangError           a step, or a phase beside the steps, that took longer than its limit
     ├── NotLearnt           the run ended without having learnt what its file demands
     └── Stopped             the run was asked to stop before its first step
 
 Each says three things: what was asked, the rule that forbids it (with the arithmetic), and what
-would work. The command prints them without a traceback and exits with status 2 (NotLearnt: 1,
-Stopped: 75, as for a run that was saved: start it again).
+would work. The command prints them without a traceback and exits with status 2 (NotLearnt: 1;
+Stopped and HangError: 75, as for a run that was saved: start it again).
 """
 
 from __future__ import annotations
@@ -119,6 +120,13 @@ class WorkerLost(LaunchError):  # noqa: N818 - it happened to a worker
 class CorruptionError(RidgelineError):
     """A device computes wrongly, or copies of what should be one number differ between ranks."""
 
+    passes: ClassVar[bool] = True
+
+
+class HangError(RidgelineError):
+    """A step, or a phase beside the steps, took longer than its limit; who is late is named."""
+
+    exit_status: ClassVar[int] = 75
     passes: ClassVar[bool] = True
 
 

@@ -32,3 +32,11 @@ def process_start() -> float:
     except (OSError, ValueError, IndexError):
         return time.time()
     return time.time() - max(0.0, uptime - ticks / os.sysconf("SC_CLK_TCK"))
+
+
+def parent_of(pid: int) -> int | None:
+    """The process that started process `pid` of this machine; None where /proc does not tell."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, ValueError, IndexError):
+        return None

@@ -21,7 +21,7 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,8 @@ Gone at once, it would take the others with it, who then complain of lost connec
 """
 LATE = "late"
 """File that is there when workers were killed because they stopped too slowly."""
+WORD = "word.json"
+"""The file in which a rank says what it died of."""
 PRELOADED = ["torch", "torch.distributed", "ridgeline.train.worker"]
 
 
@@ -171,7 +173,7 @@ def _guarded(
     try:
         return function(*arguments, life)
     except Exception as error:
-        _leave(error, folder)
+        leave_word(error)
         time.sleep(LAST_WORDS_S)
         if isinstance(error, errors.RidgelineError):
             raise SystemExit(error.exit_status) from None
@@ -202,19 +204,31 @@ def _ended_within(seconds: float, stop: StopFile) -> Iterator[None]:
         thread.join()
 
 
-def _leave(error: Exception, faults: Path) -> None:
-    """Write down what this rank died of, and when, by the machine's monotonic clock."""
-    at_ns, rank = time.monotonic_ns(), os.environ["RANK"]
-    record: dict[str, Any] = {"at_ns": at_ns, "rank": int(rank), "trace": ""}
-    if isinstance(error, errors.RidgelineError):
-        record |= {"kind": type(error).__name__, "words": error.args}
-    else:
-        died = died_of(int(rank), os.getpid(), error)
-        record |= {"kind": type(died).__name__, "words": died.args}
+def leave_word(error: Exception) -> None:
+    """Write down what this rank dies of where the parent will look: beside the agent's own file.
+
+    A process without such a parent has nowhere to leave it, and says it itself.
+    """
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        partial = Path(os.environ["TORCHELASTIC_ERROR_FILE"]).with_name("word.partial")
+        partial.write_text(json.dumps(record_of(error)))
+        partial.rename(partial.with_name(WORD))
+
+
+def record_of(error: Exception) -> dict[str, Any]:
+    """What this rank dies of, and when, by the machine's monotonic clock."""
+    rank = int(os.environ.get("RANK", "0"))
+    record: dict[str, Any] = {"at_ns": time.monotonic_ns(), "rank": rank, "trace": ""}
+    if not isinstance(error, errors.RidgelineError):
         record["trace"] = "".join(traceback.format_exception(error))
-    partial = faults / f"{rank}.partial"
-    partial.write_text(json.dumps(record))
-    partial.rename(partial.with_suffix(".fault"))
+        error = died_of(rank, os.getpid(), error)
+    return record | {"kind": type(error).__name__, "words": error.args}
+
+
+def error_of(record: Mapping[str, Any]) -> errors.RidgelineError:
+    """The error that a rank wrote down."""
+    error: errors.RidgelineError = getattr(errors, record["kind"])(*record["words"])
+    return error
 
 
 def died_of(rank: int, process: int, error: BaseException) -> errors.LaunchError:
@@ -247,7 +261,8 @@ def _first_error(
 ) -> errors.RidgelineError:
     """The error of the rank that failed first, as it was raised there.
 
-    A rank that left no word died before those that complain of it.
+    A rank that left no word died before those that complain of it; unless they found it stopped,
+    and ended it.
     """
     if (faults / LATE).exists():
         return errors.LaunchError(
@@ -256,14 +271,14 @@ def _first_error(
             "a larger one; the newest checkpoint is whole",
         )
     rank, first = failure.get_first_failure()
-    told = [json.loads(path.read_text()) for path in faults.glob("*.fault")]
-    if rank not in {record["rank"] for record in told}:
+    told = [json.loads(path.read_text()) for path in faults.rglob(WORD)]
+    hangs = [record for record in told if record["kind"] == errors.HangError.__name__]
+    if not hangs and rank not in {record["rank"] for record in told}:
         return errors.WorkerLost(
             f"rank {rank} (process {first.pid}) died",
             f"exit code {first.exitcode}",
             "what it said stands above",
         )
-    record = min(told, key=lambda each: int(each["at_ns"]))
+    record = min(hangs or told, key=lambda each: int(each["at_ns"]))
     sys.stderr.write(record["trace"])
-    error: errors.RidgelineError = getattr(errors, record["kind"])(*record["words"])
-    return error
+    return error_of(record)

@@ -154,6 +154,11 @@ class Account:
         taken.pop("evaluation", None)
         return taken
 
+    def worked_s(self) -> float:
+        """Seconds of work per step that was timed finely: outside of messages; 0.0 before one."""
+        waited_s = sum(self.exposed.seconds.values())
+        return max(0.0, self.timed_wall_s - waited_s) / max(1, len(self.timed))
+
     @property
     def just_sampled(self) -> bool:
         """Whether the last step was."""

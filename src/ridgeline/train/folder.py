@@ -30,7 +30,7 @@ from ridgeline.processes import is_alive
 from ridgeline.run import Run, read_run
 
 LOCK = "lock.json"
-TOLD = (CorruptionError, LaunchError, NotLearnt)
+TOLD = (CorruptionError, HangError, LaunchError, NotLearnt)
 """Errors of a run that had begun: what it had told of itself stays."""
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import resource
+import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -155,8 +156,17 @@ class Recorder:
         """Print a line above the progress bar."""
         self.console.print(text, markup=False)
 
-    def step(self, seen: Observation, loss: float, seconds: dict[str, float]) -> None:
-        """Log a step: `loss` is the mean over the global batch; `seconds` since the last one."""
+    def step(
+        self,
+        seen: Observation,
+        loss: float,
+        seconds: dict[str, float],
+        busy_s: Sequence[float] | None = None,
+    ) -> None:
+        """Log a step: `loss` is the mean over the global batch; `seconds` since the last one.
+
+        `busy_s`: each rank's seconds of work per step, if known.
+        """
         progress, now = seen.progress, time.perf_counter()
         steps = progress.step - self.since[0]
         span = now - self.since[1]
@@ -176,6 +186,10 @@ class Recorder:
             "step_s": span / steps,
             "seconds": {phase: value / steps for phase, value in seconds.items()},
         }
+        if busy_s:
+            most_s = max(busy_s)
+            spread = {"least": min(busy_s), "median": statistics.median(busy_s), "most": most_s}
+            row["ranks_busy_s"] = spread | {"slowest_rank": busy_s.index(most_s)}
         self.since, self.tokens_before = (progress.step, now), progress.tokens
         self.write(row)
         self.say(self.line(row, progress))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +45,9 @@ from ridgeline.train.manifest import Progress, complete, remove_partial
 from ridgeline.train.samples import SampleLog
 from ridgeline.train.saving import Saved, Saver, drain_left
 from ridgeline.train.schedule import batch_at, total_steps
+from ridgeline.train.stragglers import Stragglers
 from ridgeline.train.telemetry import Observation, Recorder, drop_after
+from ridgeline.train.watchdog import watched
 
 
 @dataclass(frozen=True)
@@ -74,12 +76,14 @@ def work(
     before, life = held(), life or Life(Wish(), time.time())
     # The fork server loaded torch with threads for all cores; each worker takes its share.
     torch.set_num_threads(threads_per_process(local_processes()))
-    with process_group() as (device, control):
+    with watched(run) as watchdog, process_group() as (device, control):
         asked = stop_asked(life.stop, run.faults.save_before_s, decides=dist.get_rank() == 0)
         refuse_to_start(Agreement(control).ask(asked()))
         if run.faults.self_test:
             self_test(device, run.layout, control)
+        watchdog.where = lambda: (0, "building the model")
         job = make_job(run, decoder, loss, make_optimizer, device, control, asked)
+        watchdog.where = lambda: (0, "loading the checkpoint")
         progress, told = _resume(job, control)
         refuse_to_start(job.agreement.ask(asked()))
         recorder, rank = None, job.mesh.rank
@@ -89,7 +93,8 @@ def work(
             recorder = _recorder(job, without_memory(decoder, run.model), progress, life)
             recorder.tell(progress, told)
         account = Account(job, control, peak_flops(run, device), progress, before)
-        keeper = Keeper(job, control, recorder, account, progress)
+        keeper = Keeper(job, control, recorder, account, progress, watchdog.host_of)
+        watchdog.where = lambda: (account.seen.step, job.clock.inside)
         return keeper.run(progress)
 
 
@@ -231,8 +236,13 @@ class Keeper:
         recorder: Recorder | None,
         account: Account,
         progress: Progress,
+        host_of: Callable[[int], str],
     ) -> None:
+        """`host_of`: the host of a rank; rank 0 is asked."""
         self.job = job
+        self.host_of = host_of
+        timed_s = None if job.mesh.device.type == "cpu" else account.worked_s
+        self.stragglers = Stragglers(job.layout, group, timed_s)
         settings = job.run.checkpoint
         # Threads that write have a group of their own: its messages cross no other's.
         writers = None if group is None else dist.new_group(backend="gloo")
@@ -255,6 +265,7 @@ class Keeper:
         if self.recorder:
             self.recorder.start(progress)
         self.job.clock.lap()
+        self.stragglers.step_begins()
         try:
             before = progress.step
             progress, complete = train_loop(self.job, progress, self.observe, self.after_step)
@@ -263,6 +274,7 @@ class Keeper:
                 complete = self.evaluate(progress)  # nothing was left to train: measure what is
             if self.recorder:
                 self.recorder.event(progress, "finished" if complete else "interrupted")
+            self.stragglers.settle()
         finally:
             self.account.close()
             if self.recorder:
@@ -271,6 +283,7 @@ class Keeper:
 
     def observe(self, seen: Observation) -> None:
         """Log the step when it is due; the only place where a step waits for its own numbers."""
+        self.stragglers.step_ends()
         self.account.observe(seen.progress)
         step = seen.progress.step
         self.beside.step(seen.progress.elapsed_s - self.elapsed_s, self.saver.thread is not None)
@@ -282,11 +295,18 @@ class Keeper:
         if step % self.job.run.logging.every_steps and step != 1 and not last:
             return
         loss = float(seen.loss)
-        seconds = self.account.take_logged()
+        seconds, busy_s = self.account.take_logged(), self.stragglers.exchange()
         if not self.recorder:
             return
         with self.job.clock.phase("logging"):
-            self.recorder.step(seen, loss, seconds)
+            self.recorder.step(seen, loss, seconds, busy_s)
+            for slow in self.stragglers.named_now(busy_s) if busy_s else ():
+                host = self.host_of(slow.rank)
+                self.recorder.event(seen.progress, "straggler", host=host, **slow._asdict())
+                self.recorder.say(
+                    f"rank {slow.rank} on {host} is slow: {slow.busy_s:.3g} s of work per "
+                    f"step, the median of its peers is {slow.median_s:.3g} s"
+                )
             if self.job.layout.compile and not self.told_graphs:
                 self.told_graphs = True
                 graphs, breaks = compiled_graphs()
@@ -325,6 +345,7 @@ class Keeper:
                 self.account.write(progress)
             if not (complete or stop):
                 self.account.prepare()
+        self.stragglers.step_begins()
         return stop, None
 
     def answer(self, bad: BadStep, progress: Progress) -> Progress | None:
