@@ -21,6 +21,7 @@ from typing import Any
 
 from ridgeline.errors import (
     CorruptionError,
+    HangError,
     LaunchError,
     NotLearnt,
     RidgelineError,
