@@ -132,7 +132,7 @@ def with_damage_on(rank: int, run: Run, folder: Path) -> list[str]:
     return [str(folder / name) for name in ("own_data.py", "run.toml", "data")]
 
 
-@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.system)])
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_data_error_of_one_rank_is_what_all_say_when_nobody_supervises_them(
     rank: int, tiny_run: MakeRun, tmp_path: Path
 ) -> None:
