@@ -36,7 +36,7 @@ def test_the_public_names_are_these() -> None:
             ridgeline.train,
             "(run: 'Run', *, decoder: 'MakeDecoder | None' = None, "
             "loss: 'LossFunction | None' = None, "
-            "optimizer: 'MakeOptimizer | None' = None) -> 'Outcome'",
+            "optimizer: 'MakeOptimizer | None' = None, stop: 'StopFlag | None' = None) -> 'Outcome'",
         ),
         (
             ridgeline.parity,
@@ -61,7 +61,7 @@ def test_signatures_of_the_verbs(verb: FunctionType, signature: str) -> None:
 @pytest.mark.parametrize(
     ("function", "parameters"),
     [
-        (train, ["run", "decoder", "loss", "optimizer"]),
+        (train, ["run", "decoder", "loss", "optimizer", "stop"]),
         (
             importlib.import_module("ridgeline.train.parity").parity,
             ["run", "layouts", "steps", "decoder", "loss", "optimizer", "pool", "progress"],

@@ -116,5 +116,5 @@ def check_every_sample_was_read_once(run: Run, steps: int) -> None:
             read[row["step"]].update(samples)
     parts = layout.world // layout.data
     for step, found in enumerate(read):
-        whole = range(first_sample(run, step), first_sample(run, step + 1))
-        assert found == dict.fromkeys(whole, parts), step
+        expected = range(first_sample(run, step), first_sample(run, step + 1))
+        assert found == dict.fromkeys(expected, parts), step

@@ -189,10 +189,12 @@ def _ended_within(seconds: float, stop: StopFile) -> Iterator[None]:
         while not stop.is_set():
             if ended.wait(0.2):
                 return
-        if not ended.wait(seconds):
-            (stop.path.parent / LATE).touch()
+        if ended.wait(seconds):
+            return
+        (stop.path.parent / LATE).touch()
+        while not ended.wait(0.2):  # those that were only starting, too
             for file in stop.path.parent.glob("*.pid"):
-                with suppress(ProcessLookupError):
+                with suppress(ProcessLookupError, ValueError):  # gone, or not yet written
                     os.kill(int(file.read_text()), signal.SIGKILL)
 
     thread = threading.Thread(target=watch, daemon=True)
