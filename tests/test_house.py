@@ -73,9 +73,9 @@ def test_no_function_is_above_80_lines() -> None:
     assert not long
 
 
-def test_the_source_stays_within_18_000_lines_of_code() -> None:
+def test_the_source_stays_within_18_500_lines_of_code() -> None:
     # Counted as the trunk is: a limit on docstrings too would be paid in docstrings.
-    assert sum(map(code_lines, FILES)) <= 18_000
+    assert sum(map(code_lines, FILES)) <= 18_500
 
 
 TRUNK = ("model.decoder", "train.parallelize", "train.pipeline", "train.optimizer", "train.loop")

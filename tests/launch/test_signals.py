@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -255,7 +256,8 @@ def test_ranks_without_an_agent_end_with_75_for_a_signal_to_one(
 ) -> None:
     run = tiny_run(**MULTI)
     (tmp_path / "run.toml").write_text(run.to_toml())
-    port = 20_000 + os.getpid() % 30_000
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
     told = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     for name, value in told.items():
         monkeypatch.setenv(name, str(value))
