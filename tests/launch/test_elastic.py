@@ -115,7 +115,7 @@ def test_with_fewer_processes_a_launched_run_goes_on_in_the_nearest_layout_or_is
     tiny_run: MakeRun, monkeypatch: pytest.MonkeyPatch, rows_of: RowsOf
 ) -> None:
     told = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    told |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(20_000 + os.getpid() % 30_000)}
+    told |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(10_000 + os.getpid() % 20_000)}
     for name, value in told.items():
         monkeypatch.setenv(name, value)
     refused = tiny_run(layout="dp4 mb2 fp32", faults={"fewer_devices": False})

@@ -254,7 +254,7 @@ def test_ranks_without_an_agent_end_with_75_for_a_signal_to_one(
 ) -> None:
     run = tiny_run(**MULTI)
     (tmp_path / "run.toml").write_text(run.to_toml())
-    port = 20_000 + os.getpid() % 30_000
+    port = 10_000 + os.getpid() % 20_000
     told = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     for name, value in told.items():
         monkeypatch.setenv(name, str(value))
@@ -263,7 +263,12 @@ def test_ranks_without_an_agent_end_with_75_for_a_signal_to_one(
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("LOCAL_RANK", rank)
         commands.append(Watched(start_command("train", tmp_path / "run.toml")))
-    commands[0].wait_for(r"step +\d+/")
-    hit(commands[1].process.pid, signal.SIGINT)
-    assert [command.end() for command in commands] == [75, 75], commands[0].said
+    try:
+        commands[0].wait_for(r"step +\d+/")
+        assert commands[0].thread.is_alive(), commands[0].said
+        hit(commands[1].process.pid, signal.SIGINT)
+        assert [command.end() for command in commands] == [75, 75], commands[0].said
+    finally:
+        for command in commands:  # one that waits for the other would stay
+            hit(command.process.pid, signal.SIGKILL)
     assert checkpoints(run)
