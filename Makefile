@@ -12,7 +12,7 @@ run: .venv/run.stamp  ## The main job: text in, trained model and report out.
 	$(BIN)/ridgeline report runs/laptop
 
 test: lint  ## Everything that needs no accelerator, no root and no server.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not system" --durations=8
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not system" -n 2 --dist loadfile --durations=8
 
 test-system: .venv/test.stamp test-oldest  ## The long and the heavy: the main job, a browser, many kills.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m system tests/system --durations=8

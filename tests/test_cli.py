@@ -182,17 +182,32 @@ def test_a_truncated_shard_is_refused(folder: Path, type_command: Type, ending: 
     assert sorted(folder.rglob("*")) == before
 
 
-def test_a_damaged_checkpoint_is_refused_and_stays(folder: Path, type_command: Type) -> None:
-    assert type_command("train run.toml")[0] == 0
-    file = max((folder / "runs" / "tiny" / "checkpoints").rglob("*.safetensors"))
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
+def test_a_damaged_checkpoint_is_passed_over_or_the_run_ends(
+    folder: Path, type_command: Type
+) -> None:
+    assert type_command("train run.toml --checkpoint.every_steps 2 --checkpoint.keep 9")[0] == 0
+    checkpoints = folder / "runs" / "tiny" / "checkpoints"
+
+    def damage() -> None:
+        file = max(checkpoints.glob("step-*")) / "ranks-000/rank-00000.safetensors"
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+
+    damage()
+    status, said, error = type_command("train runs/tiny")
+    assert status == 0, error
+    assert "checkpoint damaged: checkpoint" in said
+    assert "checksum" in said
+    assert "resumed at step 2" in said
+    assert [path.name for path in checkpoints.glob("damaged-*")] == ["damaged-step-00000004"]
+    damage()
+    shutil.rmtree(checkpoints / "step-00000002")
     before = sorted(folder.rglob("*"))
     status, _, error = type_command("train runs/tiny")
     assert status == 2
-    assert "checksum" in error
-    assert sorted(folder.rglob("*")) == before
+    assert "all of its 1 checkpoints are damaged" in error
+    assert len(sorted(folder.rglob("*"))) == len(before)
 
 
 def test_the_exit_status_reaches_the_shell(folder: Path) -> None:

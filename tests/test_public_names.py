@@ -36,8 +36,8 @@ def test_the_public_names_are_these() -> None:
             ridgeline.train,
             "(run: 'Run', *, decoder: 'MakeDecoder | None' = None, "
             "loss: 'LossFunction | None' = None, "
-            "optimizer: 'MakeOptimizer | None' = None, stop: 'StopFlag | None' = None) "
-            "-> 'Outcome'",
+            "optimizer: 'MakeOptimizer | None' = None, "
+            "stop: 'StopFlag | None' = None) -> 'Outcome'",
         ),
         (
             ridgeline.parity,

@@ -266,7 +266,12 @@ def test_ranks_without_an_agent_end_with_75_for_a_signal_to_one(
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("LOCAL_RANK", rank)
         commands.append(Watched(start_command("train", tmp_path / "run.toml")))
-    commands[0].wait_for(r"step +\d+/")
-    hit(commands[1].process.pid, signal.SIGINT)
-    assert [command.end() for command in commands] == [75, 75], commands[0].said
+    try:
+        commands[0].wait_for(r"step +\d+/")
+        assert commands[0].thread.is_alive(), commands[0].said
+        hit(commands[1].process.pid, signal.SIGINT)
+        assert [command.end() for command in commands] == [75, 75], commands[0].said
+    finally:
+        for command in commands:  # one that waits for the other would stay
+            hit(command.process.pid, signal.SIGKILL)
     assert checkpoints(run)

@@ -78,6 +78,8 @@ class Watchdog:
         self.mine: dict[str, Any] | None = None
         self.ended = False
         self.wake = threading.Event()
+        loops = (self._talk, self._time)
+        self.threads = [threading.Thread(target=loop, daemon=True) for loop in loops]
 
     def host_of(self, rank: int) -> str:
         """By its last heartbeat; known on rank 0."""
@@ -85,13 +87,15 @@ class Watchdog:
 
     def start(self) -> None:
         """Begin; `where` may change from now on."""
-        for loop in (self._talk, self._time):
-            threading.Thread(target=loop, daemon=True).start()
+        for thread in self.threads:
+            thread.start()
 
     def stop(self) -> None:
-        """End both threads, soon."""
+        """End both threads: one that is within the store when Python ends takes the process down."""
         self.ended = True
         self.wake.set()
+        for thread in self.threads:
+            thread.join(SILENT_S)
 
     def first_error(self, error: Exception) -> RidgelineError | None:
         """What another rank died of before `error` was raised here; None: this is the first.
@@ -152,7 +156,7 @@ class Watchdog:
                 self.answered_s = time.monotonic()
             except RuntimeError:
                 store = None  # gone with rank 0, or not there yet
-            self.wake.wait(BEAT_S)
+            self.wake.wait(0 if self.ended else BEAT_S)
             self.wake.clear()
 
     def _store(self) -> Store:
