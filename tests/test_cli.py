@@ -207,7 +207,7 @@ def test_a_damaged_checkpoint_is_passed_over_or_the_run_ends(
     status, _, error = type_command("train runs/tiny")
     assert status == 2
     assert "all of its 1 checkpoints are damaged" in error
-    assert len(sorted(folder.rglob("*"))) == len(before)
+    assert sorted(folder.rglob("*")) == before
 
 
 def test_the_exit_status_reaches_the_shell(folder: Path) -> None:

@@ -234,8 +234,9 @@ def test_a_checkpoint_that_cannot_be_opened_is_passed_over(tmp_path: Path) -> No
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(tmp_path: Path) -> None:
     for step in (2, 3):
         DAMAGE["the shard is empty"](written(tmp_path, step))
-    with pytest.raises(CheckpointError, match="all of its 2 checkpoints are damaged"):
-        restore(tmp_path, blank(some_tensors()), None)
+    for _ in range(2):  # they stay where they are, so the next try starts nothing anew either
+        with pytest.raises(CheckpointError, match="all of its 2 checkpoints are damaged"):
+            restore(tmp_path, blank(some_tensors()), None)
 
 
 def test_another_models_shapes_are_refused_and_not_passed_over(tmp_path: Path) -> None:

@@ -115,10 +115,11 @@ def restore(
     """Read the newest sound checkpoint below `folder` into `tensors`, on all ranks the same one.
 
     Returns the progress, None where there is no checkpoint; and why newer ones were passed over.
-    Those are set aside under another name. Raises CheckpointError when every one is damaged: a
+    Those are then set aside under another name. Raises CheckpointError when every one is damaged: a
     run never starts anew by itself; and when one is sound but of another model.
     """
     passed_over: list[CheckpointError] = []
+    damaged_paths: list[Path] = []
     first = group is None or dist.get_rank(group) == 0
     for path in [folder / name for name in share([p.name for p in complete(folder)], group)[0]][
         ::-1
@@ -130,13 +131,14 @@ def restore(
             words, damaged = fault.args, isinstance(fault, DamagedCheckpoint)
         told = [each for each in share([words, damaged], group) if each[0] is not None]
         if not told:
+            for each in damaged_paths if first else []:
+                _try_to_set_aside(each, passed_over)
             return progress, passed_over
         for each, is_damaged in told:
             if not is_damaged:
                 raise CheckpointError(*each)
         passed_over.append(DamagedCheckpoint(*told[0][0]))
-        if first:
-            _try_to_set_aside(path, passed_over)
+        damaged_paths.append(path)
     if passed_over:
         raise CheckpointError(
             f"resuming from {folder}",

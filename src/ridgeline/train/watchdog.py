@@ -91,7 +91,7 @@ class Watchdog:
             thread.start()
 
     def stop(self) -> None:
-        """End both threads: one that is within the store when Python ends takes the process down."""
+        """End both threads: one within the store when Python ends would take the process down."""
         self.ended = True
         self.wake.set()
         for thread in self.threads:
