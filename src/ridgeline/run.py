@@ -194,7 +194,7 @@ class Faults(Section):
     spike; 0: only what is not finite is bad."""
     most_bad_steps: PositiveInt = 20
     """So many bad steps in a row stop the run, whatever `bad_step` says."""
-    step_limit_s: NaturalFloat = 1800.0
+    step_limit_s: NaturalFloat = 1200.0
     """A step, or a phase beside the steps, that takes longer is a hang: the late rank is named and
     the run ends, to be started again; 0: wait for ever."""
     stop_within_s: PositiveFloat = 300.0

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from tests.train.saved import WAITING, bits, blank, some_tensors, write, written
 
+import ridgeline
 from ridgeline.errors import CheckpointError
 from ridgeline.launch.pool import Pool
 from ridgeline.run import Checkpoint, Run
@@ -165,6 +166,20 @@ def test_what_a_killed_run_had_only_on_its_disk_is_brought_over(tmp_path: Path) 
     assert drain_left(local, shared, None) is None  # nothing is newer
 
 
+def test_a_run_made_anew_leaves_another_runs_disks_alone(
+    tiny_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    run = tiny_run(checkpoint={"local": str(tmp_path / "disk")})
+    assert ridgeline.train(run).step == 4
+    shutil.rmtree(run.path / "checkpoints" / "step-00000004")
+    assert ridgeline.train(run).step == 4  # from the disk: nothing is left to train
+    rows = (run.path / "metrics.jsonl").read_text()
+    assert rows.count('"loss"') == 4 and '"drained"' in rows
+    shutil.rmtree(run.path)
+    assert ridgeline.train(run).step == 4
+    assert (run.path / "metrics.jsonl").read_text().count('"loss"') == 4  # all of it anew
+
+
 @pytest.mark.parametrize("lost", [MANIFEST, file_of(0)])
 def test_what_lacks_a_part_is_left_on_its_disk(tmp_path: Path, lost: str) -> None:
     shared, local = tmp_path / "shared", tmp_path / "local"
@@ -207,7 +222,6 @@ def test_a_run_goes_on_when_a_checkpoint_cannot_be_written(
     tiny_run: Callable[..., Run], rows_of: Callable[..., list[dict[str, Any]]], capsys: Any
 ) -> None:
     """The folder of checkpoints is a file until step 3; those of steps 4 and 5 are there."""
-    import ridgeline
     from ridgeline.model.decoder import Decoder
     from ridgeline.train.vocabulary import token_loss
 

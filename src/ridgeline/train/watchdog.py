@@ -76,7 +76,7 @@ class Watchdog:
         self.word: dict[str, Any] | None = None
         """The first error of any rank."""
         self.mine: dict[str, Any] | None = None
-        self.ended = False
+        self.over = threading.Event()
         self.wake = threading.Event()
         loops = (self._talk, self._time)
         self.threads = [threading.Thread(target=loop, daemon=True) for loop in loops]
@@ -92,10 +92,11 @@ class Watchdog:
 
     def stop(self) -> None:
         """End both threads: one within the store when Python ends would take the process down."""
-        self.ended = True
+        self.over.set()
         self.wake.set()
         for thread in self.threads:
             thread.join(SILENT_S)
+        self.where = lambda: (0, "end")  # lets go of the job
 
     def first_error(self, error: Exception) -> RidgelineError | None:
         """What another rank died of before `error` was raised here; None: this is the first.
@@ -122,8 +123,7 @@ class Watchdog:
 
     def _time(self) -> None:
         state, since, last = self._state(), time.monotonic(), time.monotonic()
-        while not self.ended:
-            time.sleep(BEAT_S / 2)
+        while not self.over.wait(BEAT_S / 2):
             now = time.monotonic()
             if now - last > SILENT_S:  # this process was stopped: that is not the step's time
                 since += now - last
@@ -149,14 +149,14 @@ class Watchdog:
 
     def _talk(self) -> None:
         store: Store | None = None
-        while not self.ended:
+        while not self.over.is_set():
             try:
                 store = store or self._store()
                 self._beat(store)
                 self.answered_s = time.monotonic()
             except RuntimeError:
                 store = None  # gone with rank 0, or not there yet
-            self.wake.wait(0 if self.ended else BEAT_S)
+            self.wake.wait(0 if self.over.is_set() else BEAT_S)
             self.wake.clear()
 
     def _store(self) -> Store:
@@ -194,7 +194,7 @@ class Watchdog:
         """Another rank died of an error: end, unless the thread that trains does so by itself."""
         end = time.monotonic() + (0.0 if word["kind"] == HangError.__name__ else GRACE_S)
         while time.monotonic() < end:
-            if self.ended:
+            if self.over.is_set():
                 return
             time.sleep(0.1)
         if word["kind"] != HangError.__name__:

@@ -145,7 +145,10 @@ def _resume(job: Job, group: dist.ProcessGroup | None) -> tuple[Progress, list[t
     folder, told = checkpoints_of(job.run.path), []
     if job.mesh.rank == 0:
         remove_partial(folder)
-    if (local := local_folder(job.run)) and (name := drain_left(local, folder, group)):
+    local = local_folder(job.run)
+    # A folder without a step of this run is a new one: what lies on the disks is of another.
+    begun = broadcast((job.run.path / "metrics.jsonl").exists(), group)
+    if local and begun and (name := drain_left(local, folder, group)):
         told.append(("drained", f"{name} was still on the nodes' own disks"))
     if not broadcast(bool(complete(folder)), group):
         return Progress(data=job.mixture.fingerprint), told
