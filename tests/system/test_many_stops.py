@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -27,6 +26,7 @@ from tests.launch.commands import (
 
 from ridgeline.layout.layout import Layout
 from ridgeline.run import Run
+from ridgeline.train.manifest import read_manifest
 
 MakeRun = Callable[..., Run]
 StartCommand = Callable[..., subprocess.Popen[str]]
@@ -194,8 +194,7 @@ def test_a_run_whose_second_node_is_lost_goes_on_on_the_first(
     assert "fewer devices: 'dp2 fp32' instead of 'dp4 fp32'" in nodes[0].said
     events = [row for row in rows_of(run, "event") if row["event"] == "fewer devices"]
     assert (events[-1]["layout"], events[-1]["asked"]) == ("dp2 fp32", "dp4 fp32")
-    resumed = json.loads((max((run.path / "checkpoints").iterdir()) / "manifest.json").read_text())
-    assert resumed["progress"]["samples"] == 200 * 8
+    assert read_manifest(max((run.path / "checkpoints").iterdir())).progress.samples == 200 * 8
     left = run.model_copy(update={"layout": Layout.model_validate("dp2 mb1 fp32")})
     check_every_sample_was_read_once(left, 200)
 
