@@ -2,9 +2,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-# Bounds on time hold on a machine that does nothing else.
-TIMED := tests/system/test_bubble.py tests/system/test_hangs.py tests/system/test_many_stops.py
-
 .PHONY: run test test-system test-oldest lint clean
 
 run: .venv/run.stamp  ## The main job: text in, trained model and report out.
@@ -18,9 +15,7 @@ test: lint  ## Everything that needs no accelerator, no root and no server.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not system" -n 2 --dist loadfile --durations=8
 
 test-system: .venv/test.stamp test-oldest  ## The long and the heavy: the main job, a browser, many kills.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m system $(TIMED) --durations=4
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m system -n 2 --dist loadfile --durations=8 \
-		tests/system $(addprefix --ignore=,$(TIMED))
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m system tests/system --durations=8
 
 test-oldest: .venv-oldest/test.stamp  ## Parity of every layout on the oldest PyTorch that is supported.
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest tests/train/test_parity_table.py

@@ -22,21 +22,19 @@ DIVIDED = ("tp2 pp2 mb4 v2", "dp2 tp2 cp2 mb2 zero2", "dp2 tp2 pp2 mb2 zero3 zbh
 """For every kind of model."""
 COMBINED = (
     *DIVIDED,
-    *("dp4 mb1 zero3/2", "dp2 cp2 mb2 zero3/2", "cp2 pp2 mb4", "dp2 tp2 pp2 mb2 zero1"),
-    *("cp2 tp2 pp2 mb4 zbv full", "cp2 tp2 pp2 mb4 selective"),
-    *("dp4 pp2 mb1 zero2/2 dualpipev", "dp2 tp2 mb2 zero3 full"),
+    *("dp2 cp2 mb2 zero3/2", "cp2 pp2 mb4", "cp2 tp2 pp2 mb4 zbv full"),
+    *("dp4 pp2 mb1 zero2/2 dualpipev", "dp2 tp2 mb2 zero3 selective"),
 )
 MODELS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "dense": (layouts.DENSE, (*COMBINED, "tp4 pp2 mb4", "cp4 tp2 mb8", "cp8 mb8")),
-    "gpt": (layouts.GPT, (*DIVIDED, "tp4 mb8", "pp4 mb2", "dp2 pp4 mb1 zero2")),
-    "qwen": (layouts.QWEN, (*DIVIDED, "cp4 mb8", "dp2 tp2 cp2 mb4 zero3/2")),
-    "few-heads": (layouts.FEW_HEADS, (*DIVIDED, "cp4 mb8", "cp4 tp2 mb8", "cp8 mb4 zero3")),
+    "dense": (layouts.DENSE, (*COMBINED, "tp4 pp2 mb4", "cp8 mb8")),
+    "gpt": (layouts.GPT, (*DIVIDED, "tp4 mb8", "dp2 pp4 mb1 zero2")),
+    "qwen": (layouts.QWEN, (*DIVIDED, "cp4 mb8")),
+    "few-heads": (layouts.FEW_HEADS, (*DIVIDED, "cp4 tp2 mb8", "cp8 mb4 zero3")),
     "mixture": (
         layouts.MIXTURE,
         (
             *DIVIDED,
-            *("dp2 ep2 tp2 pp2 mb2", "dp4 ep2 mb2 zero1", "dp4 ep2 mb2 zero3/2", "cp2 ep2 mb4"),
-            *("dp4 ep4 mb1 zero2", "dp2 cp2 ep4 mb2 zero3", "dp2 ep2 tp2 mb2 zero3 full"),
+            *("dp4 ep2 mb2 zero3/2", "dp4 ep4 mb1 zero2", "dp2 cp2 ep4 mb2 zero3"),
             *("dp2 cp2 tp2 ep2 mb2 zero1 selective", "dp2 pp2 ep2 mb2 zero3 izb v2"),
         ),
     ),
@@ -56,12 +54,11 @@ def test_every_layout_of_every_model_is_the_model_of_one_process(
     assert found.learnt_nats >= 0.25
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_every_schedule_is_the_same_model_under_zero(
-    schedule: str, make_tiny_run: MakeRun, tmp_path: Path, pool: Pool
+def test_every_schedule_is_the_same_model_under_zero3(
+    make_tiny_run: MakeRun, tmp_path: Path, pool: Pool
 ) -> None:
     run = layouts.table_run(make_tiny_run, tmp_path, layouts.GPT)
-    divided = [f"dp2 pp2 mb1 {schedule} zero{zero}" for zero in (2, 3)]
+    divided = [f"dp2 pp2 mb1 {schedule} zero3" for schedule in SCHEDULES]
     found = parity(run, divided, STEPS, pool=pool)
     assert found.equal, table(found)
 
@@ -87,11 +84,10 @@ def test_compiled_blocks_are_the_same_model(
 
 
 # Not of a mixture: a rounding in bf16 can send a token to another expert, which is no small change.
-@pytest.mark.parametrize("name", ["dense", "gpt"])
 def test_bf16_agrees_within_what_its_eight_bits_explain_in_every_layout(
-    name: str, make_tiny_run: MakeRun, tmp_path: Path, pool: Pool
+    make_tiny_run: MakeRun, tmp_path: Path, pool: Pool
 ) -> None:
-    run = layouts.table_run(make_tiny_run, tmp_path, MODELS[name][0], layout="mb4 bf16", lr=5e-3)
+    run = layouts.table_run(make_tiny_run, tmp_path, layouts.DENSE, layout="mb4 bf16", lr=5e-3)
     found = parity(run, DIVIDED, STEPS, pool=pool)
     assert found.equal, table(found)
     assert found.learnt_nats >= 0.25
